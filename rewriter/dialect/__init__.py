@@ -1,0 +1,23 @@
+"""The semantic operators a graph is raised to, each a `torch.library` op in namespace `rewriter`."""
+
+from rewriter.dialect.attention import attention
+from rewriter.dialect.grouped import grouped_attention
+from rewriter.dialect.kv import kv_append
+from rewriter.dialect.mlp import gated_mlp, mlp
+from rewriter.dialect.norm import layer_norm, rms_norm
+from rewriter.dialect.registry import OPS, DialectOp, dialect_op
+from rewriter.dialect.rope import rope
+
+__all__ = [
+    "OPS",
+    "DialectOp",
+    "attention",
+    "dialect_op",
+    "gated_mlp",
+    "grouped_attention",
+    "kv_append",
+    "layer_norm",
+    "mlp",
+    "rms_norm",
+    "rope",
+]

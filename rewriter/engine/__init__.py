@@ -1,0 +1,1 @@
+"""The pass protocol and the pipeline that runs it."""
