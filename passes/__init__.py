@@ -1,0 +1,18 @@
+"""One method a file. To add one: the file, one line in `PASSES`, its test."""
+
+from __future__ import annotations
+
+from passes.grouped_attention import GroupedAttention
+from passes.streaming_llm import StreamingLLM
+from rewriter.engine.rewrite_pass import RewritePass
+
+__all__ = ["DEFAULT", "PASSES"]
+
+PASSES: dict[str, type[RewritePass]] = {
+    GroupedAttention.name: GroupedAttention,
+    StreamingLLM.name: StreamingLLM,
+}
+"""Every pass by name."""
+
+DEFAULT: tuple[str, ...] = ("grouped-attention",)
+"""Specs that `passes="default"` stands for: exact and reassociated ones that always pay."""

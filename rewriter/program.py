@@ -193,6 +193,16 @@ class Program:
         self.decoding = replace(self.decoding, states=(*self.decoding.states, spec))
         return node
 
+    def replace_state(self, spec: StateSpec) -> fx.Node:
+        """Give the state called `spec.name` another shape, dtype, role or fill; its placeholder stays."""
+        node = self.placeholder(spec.name)
+        if self.decoding is None or node is None:
+            raise ValueError(f"state {spec.name!r} is not declared")
+        states = tuple(spec if old.name == spec.name else old for old in self.decoding.states)
+        self.decoding = replace(self.decoding, states=states)
+        node.meta.pop("val", None)  # the shape it was traced with
+        return node
+
     def clone(self) -> Program:
         """An independent graph over the same weights."""
         root = fx.GraphModule(self.module, copy.deepcopy(self.graph))

@@ -38,15 +38,16 @@ def capture(
         ConfigError: no example inputs, or they do not fit `forward`.
         CaptureError: the model cannot be traced; names the operator and the source line.
     """
+    if isinstance(model, ExportedModule):
+        return build_program(model.trace(), model.call(), name)
     given = example_inputs_of(model) if example_inputs is None else example_inputs
     call = flatten_call(model, given)
-    traced = model.trace() if isinstance(model, ExportedModule) else trace(model, call)
-    return build_program(traced, call, name)
+    return build_program(trace(model, call), call, name)
 
 
 def build_program(traced: Trace, call: Call, name: str) -> Program:
     """The program of a trace: flat graph, signature, and what got fixed."""
-    module = flat_graph(traced.exported, [n for n in call.names if n is not None])
+    module = flat_graph(traced.exported, traced.names)
     described = describe_inputs(_fake_inputs(module), traced.asked, traced.wanted, traced.reason)
     out_spec = traced.exported.call_spec.out_spec
     signature = Signature(

@@ -31,12 +31,14 @@ class Trace:
 
     Attributes:
         exported: functional ATen, as `run_decompositions({})` leaves it.
+        names: of its inputs in order; None for a constant.
         asked: every dimension that could be dynamic; `wanted`: those this trace asked for.
         reason: why `wanted` is less than `asked`; "" when it is not.
         export_seconds: wall time of `torch.export.export` alone.
     """
 
     exported: ExportedProgram
+    names: tuple[str | None, ...]
     asked: Wanted
     wanted: Wanted
     reason: str
@@ -56,7 +58,7 @@ def trace(model: nn.Module, call: Call) -> Trace:
     except Exception as error:  # torch.export raises what the model and the tracer raise
         _log.info("dynamic trace failed: %s", summarize(error))
         return _trace_less(model, call, asked, error)
-    return Trace(exported, asked, asked, "", seconds)
+    return Trace(exported, tuple(call.tensors), asked, asked, "", seconds)
 
 
 def _trace_less(model: nn.Module, call: Call, asked: Wanted, error: Exception) -> Trace:
@@ -74,8 +76,8 @@ def _trace_less(model: nn.Module, call: Call, asked: Wanted, error: Exception) -
         except Exception as failed:
             _log.info("trace with dynamic %s failed: %s", axes, summarize(failed))
             continue
-        return Trace(exported, asked, wanted, reason, seconds)
-    return Trace(exported, asked, static, reason, seconds)
+        return Trace(exported, tuple(call.tensors), asked, wanted, reason, seconds)
+    return Trace(exported, tuple(call.tensors), asked, static, reason, seconds)
 
 
 def _export(model: nn.Module, call: Call, wanted: Wanted) -> tuple[ExportedProgram, float]:

@@ -4,9 +4,11 @@ from rewriter.dialect.attention import attention
 from rewriter.dialect.grouped import grouped_attention
 from rewriter.dialect.kv import kv_append
 from rewriter.dialect.mlp import gated_mlp, mlp
+from rewriter.dialect.moe import moe
 from rewriter.dialect.norm import layer_norm, rms_norm
 from rewriter.dialect.registry import OPS, DialectOp, dialect_op
 from rewriter.dialect.rope import rope
+from rewriter.dialect.streaming import streaming_attention, streaming_entries
 
 __all__ = [
     "OPS",
@@ -18,6 +20,9 @@ __all__ = [
     "kv_append",
     "layer_norm",
     "mlp",
+    "moe",
     "rms_norm",
     "rope",
+    "streaming_attention",
+    "streaming_entries",
 ]

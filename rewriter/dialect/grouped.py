@@ -28,22 +28,24 @@ from torch.nn import functional
 from rewriter.dialect.attention import ATTENTION_SCHEMA, attention_cost, position_grid, visible
 from rewriter.dialect.registry import dialect_op
 
-__all__ = ["attend_rows", "fold", "grouped_attention", "unfold"]
+__all__ = ["attend_grouped", "grouped_attention"]
 
 _FOLD_ROWS = 16
 
 
-def fold(q: Tensor, num_kv_heads: int) -> Tensor:
+def _fold(q: Tensor, num_kv_heads: int) -> Tensor:
     """bhsd queries [b, num_heads, q_len, d] as rows [b, num_kv_heads, group_size * q_len, d]."""
     return q.reshape(q.shape[0], num_kv_heads, -1, q.shape[3])
 
 
-def unfold(rows: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `fold`."""
+def _unfold(rows: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `_fold`."""
     return rows.reshape(rows.shape[0], num_heads, -1, rows.shape[3])
 
 
-def _fold_mask(mask: Tensor | None, num_kv_heads: int, group_size: int, q_len: int) -> Tensor | None:
+def _fold_mask(
+    mask: Tensor | None, num_kv_heads: int, group_size: int, q_len: int
+) -> Tensor | None:
     """A mask or bias over [b, num_heads, q_len, kv_len], any of them broadcast, on folded rows."""
     if mask is None:
         return None
@@ -56,7 +58,7 @@ def _fold_mask(mask: Tensor | None, num_kv_heads: int, group_size: int, q_len: i
     return mask.expand(b, heads, q_len, kv_len).reshape(b, num_kv_heads, -1, kv_len)
 
 
-def attend_rows(
+def _attend_rows(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -125,9 +127,9 @@ def _fused(
         )
     mask = _fold_mask(mask, num_kv_heads, group_size, q_len)
     rows = functional.scaled_dot_product_attention(
-        fold(q, num_kv_heads), k, v, mask, scale=softmax_scale
+        _fold(q, num_kv_heads), k, v, mask, scale=softmax_scale
     )
-    return unfold(rows, q.shape[1])
+    return _unfold(rows, q.shape[1])
 
 
 def _structure(
@@ -153,7 +155,7 @@ def _structure(
     return keep, slopes.float().view(1, -1, 1, 1) * distance
 
 
-def _masked(
+def attend_grouped(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,7 +165,11 @@ def _masked(
     softmax_scale: float,
     softcap: float,
 ) -> Tensor:
-    """The kernel where it computes the same function, the explicit form elsewhere."""
+    """softmax(softcap(q kᵀ · softmax_scale) + bias, where keep) v on bhsd tensors with grouped heads.
+
+    PyTorch's kernel where it computes the same function, the explicit form elsewhere. `keep` bool and
+    `bias` broadcast to [batch_size, num_heads, q_len, kv_len]; sinks [num_heads].
+    """
     exact_bias = bias is None or bias.dtype == q.dtype
     if exact_bias and sinks is None and not softcap:
         joined = keep if bias is None else bias
@@ -176,8 +182,8 @@ def _masked(
     bias = _fold_mask(bias, num_kv_heads, group_size, q_len)
     if sinks is not None:
         sinks = _fold_mask(sinks.float().view(1, -1, 1, 1), num_kv_heads, group_size, q_len)
-    rows = attend_rows(fold(q, num_kv_heads), k, v, keep, bias, sinks, softmax_scale, softcap)
-    return unfold(rows, q.shape[1])
+    rows = _attend_rows(_fold(q, num_kv_heads), k, v, keep, bias, sinks, softmax_scale, softcap)
+    return _unfold(rows, q.shape[1])
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
@@ -217,4 +223,4 @@ def grouped_attention(
     if bias is not None and bias.dtype == torch.bool:
         keep, bias = bias if keep is None else keep & bias, None
     bias = alibi if bias is None else bias if alibi is None else bias + alibi
-    return _masked(q, near_k, near_v, keep, bias, sinks, softmax_scale, softcap)
+    return attend_grouped(q, near_k, near_v, keep, bias, sinks, softmax_scale, softcap)

@@ -15,42 +15,49 @@ from rewriter.dialect.registry import dialect_op, nbytes
 __all__ = ["layer_norm", "rms_norm"]
 
 
-def _fake_rms(x: Tensor, weight: Tensor | None = None, *, eps: float, weight_offset: float = 0.0) -> Tensor:
+def _fake_rms(x: Tensor, weight: Tensor | None = None, **_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _cost_rms(x: Tensor, weight: Tensor | None = None, *, eps: float, weight_offset: float = 0.0) -> Cost:
+def _cost_rms(x: Tensor, weight: Tensor | None = None, **_: object) -> Cost:
     return Cost(4.0 * x.numel(), 2 * nbytes(x) + nbytes(weight), 1)
 
 
 @dialect_op(
-    "rms_norm(Tensor x, Tensor? weight=None, *, float eps, float weight_offset=0.0) -> Tensor",
+    "rms_norm(Tensor x, Tensor? weight=None, *, float eps, float weight_offset=0.0,"
+    " bool wide_weight=False) -> Tensor",
     fake=_fake_rms,
     cost=_cost_rms,
 )
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, *, eps: float, weight_offset: float = 0.0
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    wide_weight: bool = False,
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · (weight_offset + weight), in fp32, cast back to x's dtype.
 
     Args:
         x: [..., width]. weight: [width] or None for 1. weight_offset: Gemma's 1 in (1 + weight).
+        wide_weight: multiply by the weight before the cast back; with an offset it always is.
     """
     wide = x.float()
     out = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
         return out.to(x.dtype)
-    if weight_offset:
+    if weight_offset or wide_weight:
         return (out * (weight_offset + weight.float())).to(x.dtype)
     return weight * out.to(x.dtype)
 
 
-def _fake_layer(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Tensor:
+def _fake_layer(x: Tensor, *_: Tensor | None, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _cost_layer(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Cost:
-    return Cost(7.0 * x.numel(), 2 * nbytes(x) + nbytes(weight, bias), 1)
+def _cost_layer(x: Tensor, *weights: Tensor | None, eps: float) -> Cost:
+    return Cost(7.0 * x.numel(), 2 * nbytes(x) + nbytes(*weights), 1)
 
 
 @dialect_op(

@@ -48,4 +48,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
         out = torch.stack((low, high), dim=-1).flatten(-2)
     else:
         out = torch.cat((low, high), dim=-1)
-    return torch.cat((out.to(x.dtype), rest), dim=-1)
+    out = out.to(x.dtype)
+    return out if rest.shape[-1] == 0 else torch.cat((out, rest), dim=-1)

@@ -53,7 +53,7 @@ class RewritePass:
         """The conditions. Looks, changes nothing."""
         raise NotImplementedError
 
-    def rewrite(self, graph: fx.Graph, site: Site, facts: Facts) -> None:
+    def rewrite(self, graph: fx.Graph, site: Site, facts: Any) -> None:
         """Edit the graph at a site for which `check` returned these facts."""
         raise NotImplementedError
 
@@ -75,15 +75,15 @@ class RewritePass:
         """
         raise NotImplementedError
 
-    def exact_setting(self, facts: Facts, *, length: int) -> Self:
+    def exact_setting(self, facts: Any, *, length: int) -> Self:
         """The knobs at which the rewrite equals the original on sequences up to `length` tokens."""
         return self
 
-    def cost(self, facts: Facts) -> Cost:
+    def cost(self, facts: Any) -> Cost:
         """Of one decode step at the site after the rewrite."""
         raise NotImplementedError
 
-    def candidates(self, facts: Facts) -> tuple[Self, ...]:
+    def candidates(self, facts: Any) -> tuple[Self, ...]:
         """Settings worth trying in a search, cheapest first."""
         return (self,)
 

@@ -69,6 +69,7 @@ def agrees(
     hypothesis: Callable[[Mapping[fx.Node, Tensor]], Tensor],
     *,
     sizes: Sequence[Mapping[str, int]],
+    rows: bool = False,
 ) -> bool:
     """Whether `output`, as a function of `inputs`, equals the hypothesis on random values.
 
@@ -76,6 +77,7 @@ def agrees(
         inputs: nodes that get random values; everything else `output` needs must follow from them.
         hypothesis: from the values of `inputs` (and of the weights it names) to the expected output.
         sizes: extents of the symbols, one trial each.
+        rows: compare as matrices of the last dimension, however the rows are arranged.
     """
     narrow = any(_is_narrow(node) for node in (*inputs, output))
     for seed, extents in enumerate(sizes):
@@ -87,6 +89,8 @@ def agrees(
                 expected = hypothesis(values)
             except EVALUATION_ERRORS:
                 return False
+            if rows:
+                actual, expected = (t.reshape(-1, t.shape[-1]) for t in (actual, expected))
             if not close(expected, actual):
                 return False
     return True

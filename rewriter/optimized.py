@@ -1,0 +1,178 @@
+"""What `optimize` gives back: used like the model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rewriter.decoding.state import Session
+from rewriter.errors import ConfigError, InputError
+from rewriter.lowering import lower
+from rewriter.program import InputSpec, Program
+from rewriter.report.report import Report
+
+__all__ = ["OptimizedModel"]
+
+
+class OptimizedModel(nn.Module):
+    """A program with its report; inference only.
+
+    Args:
+        program: what runs; with `decoding` it also generates.
+        report: what was done and what was not.
+        config: the model's `config.json` as a dict; None for a plain module.
+        generation_config: its `generation_config.json` as a dict.
+        backend: "eager" or "inductor".
+        source_directory: where the model was read from, for its tokenizer files.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        report: Report,
+        *,
+        config: dict[str, Any] | None = None,
+        generation_config: dict[str, Any] | None = None,
+        backend: str = "eager",
+        source_directory: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = program.module
+        self.program, self.report = program, report
+        self.config, self.generation_config = config, generation_config
+        self.backend, self.source_directory = backend, source_directory
+        self._run: Callable[..., Any] = lower(program, backend)
+        self.train(False)
+
+    def session(
+        self, batch_size: int, *, capacity: int | None = None, prefill_chunk: int | None = None
+    ) -> Session:
+        """Fresh decoding state for a batch. Raises InputError on a program without decoding."""
+        return Session(
+            self.program, batch_size, capacity=capacity, run=self._run, prefill_chunk=prefill_chunk
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own signature and outputs."""
+        with torch.no_grad():
+            if self.program.decoding is not None:
+                return self._forward_tokens(*args, **kwargs)
+            values = self._flat_inputs(args, kwargs)
+            return self._structured(self._run(*values))
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Hugging Face's `generate`: the same arguments, the same loop.
+
+        Args:
+            input_ids: int64 [batch_size, prompt length], left padded if `attention_mask` says so.
+            kwargs: as of `transformers.GenerationMixin.generate`.
+
+        Raises:
+            InputError: the program cannot decode.
+        """
+        from transformers import GenerationConfig
+
+        from rewriter.decoding.generate import Generator, config_from_dict
+
+        if self.program.decoding is None or self.config is None:
+            reason = self.report.decoding or "it is not a causal language model"
+            raise InputError(f"this program cannot generate: {reason}")
+        if input_ids is not None:
+            self._check_dtype("input_ids", input_ids, torch.int64)
+        defaults = GenerationConfig(**(self.generation_config or {}))
+        generator = Generator(self, config_from_dict(self.config), defaults)
+        return generator.generate(input_ids, **kwargs)
+
+    def save(self, directory: str | Path) -> None:
+        """Write a directory that `rewriter.load` reads: safetensors and JSON, all or nothing."""
+        from rewriter.export.artifact import save_optimized
+
+        save_optimized(self, Path(directory))
+
+    def export(self, path: str | Path, *, target: str = "cpu") -> None:
+        """Ahead-of-time export; not available yet: raises ConfigError."""
+        raise ConfigError("path", str(path), "export is not available yet; use save()")
+
+    def _forward_tokens(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        given = sorted(name for name, value in others.items() if self._unsupported(name, value))
+        if given:
+            raise InputError(
+                f"{given[0]} is not supported; allowed: input_ids, attention_mask, position_ids"
+            )
+        self._check_dtype("input_ids", input_ids, torch.int64)
+        session = self.session(input_ids.shape[0], capacity=input_ids.shape[1])
+        outputs = session.outputs(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids
+        )
+        return self._structured(outputs)
+
+    def _unsupported(self, name: str, value: Any) -> bool:
+        """Whether an argument asks for something that capture did not take in."""
+        if value is None or name in ("use_cache", "return_dict"):
+            return False
+        return self.program.signature.constants.get(name) != value
+
+    def _structured(self, outputs: Any) -> Any:
+        return pytree.tree_unflatten(list(outputs), self.program.signature.out_spec)
+
+    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors of a call in placeholder order, checked against the signature."""
+        signature = self.program.signature
+        named = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != signature.in_spec:
+            leaves = self._reordered(args, named)
+        by_name = {
+            name: leaf
+            for name, leaf in zip(signature.leaf_names, leaves, strict=True)
+            if name is not None
+        }
+        return [self._checked(spec, by_name[spec.name]) for spec in signature.inputs]
+
+    def _reordered(self, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        """Leaves in the captured order, when positional and keyword arguments were mixed otherwise."""
+        signature = self.program.signature
+        unknown = sorted(set(named) - set(signature.parameters))
+        missing = [n for n in signature.parameters if n not in named and n not in signature.constants]
+        if unknown or missing or len(args) > len(signature.parameters):
+            wrong = f"unexpected {unknown}" if unknown else f"missing {missing}"
+            allowed = ", ".join(signature.parameters)
+            raise InputError(f"inputs differ from those captured ({wrong}); allowed: {allowed}")
+        values = [named.get(n, signature.constants.get(n)) for n in signature.parameters]
+        leaves = pytree.tree_leaves(values)
+        if len(leaves) != len(signature.leaf_names):
+            raise InputError(
+                f"{len(leaves)} input values; allowed: {len(signature.leaf_names)}, as captured"
+            )
+        return leaves
+
+    def _checked(self, spec: InputSpec, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise InputError(f"{spec.name} is {type(value).__name__}; allowed: a tensor")
+        self._check_dtype(spec.name, value, spec.dtype)
+        fixed = [dim if isinstance(dim, int) else None for dim in spec.dims]
+        fits = len(fixed) == value.dim() and all(
+            want is None or want == got for want, got in zip(fixed, value.shape, strict=True)
+        )
+        if not fits:
+            allowed = [str(dim) for dim in spec.dims]
+            raise InputError(f"{spec.name} has shape {list(value.shape)}; allowed: {allowed}")
+        return value
+
+    @staticmethod
+    def _check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+        allowed = {dtype, torch.int32} if dtype == torch.int64 else {dtype}
+        if value.dtype not in allowed:
+            raise InputError(f"{name} has dtype {value.dtype}; allowed: {dtype}")

@@ -1,0 +1,271 @@
+"""Raise attention: the fused operator and the explicit softmax(QKᵀ)V become `rewriter::attention`.
+
+Each region is first replaced on paper: the new nodes are inserted, region and replacement run on the same
+random queries, keys and values, and only if they agree does the graph use the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from rewriter.engine.miss import Miss
+from rewriter.program import Program
+from rewriter.raising.attention_regions import SUBJECT, AttentionRegion, find_attention
+from rewriter.raising.evaluate import UnboundInput, depends_on, evaluate, needed, random_value
+from rewriter.raising.head_layout import (
+    Heads,
+    Unsupported,
+    heads_of,
+    peel_casts,
+    peel_repeat,
+    peel_scale,
+    to_bhsd,
+)
+from rewriter.raising.insertion import Inserter, NoExtent, shape_of
+from rewriter.raising.mask_samples import Term
+from rewriter.raising.masks import Classifier, MaskStructure
+from rewriter.raising.position_tables import POSITIONS, random_positions
+from rewriter.raising.region import EVALUATION_ERRORS, region_key
+from rewriter.raising.score_walk import Walk
+from rewriter.report.report import Coverage
+
+__all__ = ["attention_coverage", "raise_attention"]
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.rewriter.attention.default
+
+_LENGTHS = (5, 9)
+_TOLERANCE = 1e-4
+"""Of the largest value, in fp32; a mask or scale that is wrong changes results by 1e-2 and more."""
+
+
+def raise_attention(program: Program) -> list[Miss]:
+    """Replace attentions of a graph in normal form by `rewriter::attention` nodes.
+
+    Returns:
+        a miss for each candidate left alone (subject "raise-attention"), and one for each mask that
+        stays a tensor (subject "raise-mask").
+    """
+    raiser = _Raiser(program)
+    misses: list[Miss] = []
+    for found in find_attention(program):
+        misses.extend([found] if isinstance(found, Miss) else raiser.replace(found))
+    program.finish()
+    return list(dict.fromkeys(misses))
+
+
+def attention_coverage(program: Program, misses: Sequence[Miss]) -> Coverage:
+    """Attentions in the final graph, and the kinds of their masks."""
+    nodes = program.calls(ATTENTION)
+    missed = sum(miss.subject == SUBJECT for miss in misses)
+    kinds = tuple(dict.fromkeys(str(node.meta.get("mask", node.kwargs["mask"])) for node in nodes))
+    return Coverage("attention", len(nodes), len(nodes) + missed, kinds)
+
+
+class _Raiser:
+    """Replaces the attentions of one program, one after another."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.walk = Walk(program)
+        self.classifier = Classifier(program)
+        self.checked: set[Hashable] = set()
+        self.slopes: list[tuple[str, Tensor]] = []
+
+    def replace(self, region: AttentionRegion) -> Sequence[Miss]:
+        """Put the dialect operator in the place of one region, or say why not."""
+        insert = Inserter(self.program, region.output)
+        try:
+            heads = heads_of(region.lead, _neighbours(region))
+            mask = self.classifier.describe(region.scores.terms, heads.count, causal=region.causal)
+            new = self._insert(insert, region, heads, mask)
+            agrees = self._agrees(region, new, insert)
+        except (Unsupported, NoExtent) as error:
+            insert.discard()
+            return [Miss.at(region.output, SUBJECT, str(error))]
+        if not agrees:
+            insert.discard()
+            reason = "the region and rewriter::attention differ on random inputs"
+            return [Miss.at(region.output, SUBJECT, reason)]
+        region.output.replace_all_uses_with(new)
+        return mask.misses
+
+    def _insert(
+        self, insert: Inserter, region: AttentionRegion, heads: Heads, mask: MaskStructure
+    ) -> fx.Node:
+        scores = region.scores
+        q, q_factor = self._operand(insert, region.left, heads)
+        k, k_factor = self._keys(insert, region, heads)
+        v = to_bhsd(insert, region.values, heads)
+        for factor in scores.row_scales:
+            q = insert.call(aten.mul.Tensor, q, to_bhsd(insert, factor, heads, expand=False))
+        k, v = self._peel(insert, k, v)
+        dtype = v.meta["val"].dtype
+        sinks = None if scores.sinks is None else _sink_vector(scores.sinks, heads)
+        new = insert.call(
+            ATTENTION,
+            *(peel_casts(q, dtype), peel_casts(k, dtype), v, None, None),
+            *(self._bias(insert, mask.bias, heads), sinks, self._slopes(insert, mask.slopes)),
+            softmax_scale=scores.scale * q_factor * k_factor,
+            mask=mask.kind,
+            span=mask.span,
+            softcap=scores.softcap,
+        )
+        new.meta["mask"] = str(mask)
+        return _as_output(insert, new, region.output)
+
+    def _operand(self, insert: Inserter, x: fx.Node, heads: Heads) -> tuple[fx.Node, float]:
+        x, first = peel_scale(x, self.walk.scalar)
+        x, second = peel_scale(to_bhsd(insert, x, heads), self.walk.scalar)
+        return x, first * second
+
+    def _keys(
+        self, insert: Inserter, region: AttentionRegion, heads: Heads
+    ) -> tuple[fx.Node, float]:
+        x, factor = peel_scale(region.right, self.walk.scalar)
+        if not region.keys_transposed:
+            k, second = self._operand(insert, x, heads)
+            return k, factor * second
+        rank = len(shape_of(x))
+        if x.target in (aten.transpose.int, aten.permute.default):
+            k = to_bhsd(insert, insert.transpose(x, rank - 2, rank - 1), heads)
+        else:
+            k = insert.transpose(to_bhsd(insert, x, heads), 2, 3)
+        k, second = peel_scale(k, self.walk.scalar)
+        return k, factor * second
+
+    def _peel(self, insert: Inserter, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Keys and values before their heads were repeated, when both were repeated alike."""
+        peeled = peel_repeat(self.program, insert, k), peel_repeat(self.program, insert, v)
+        if shape_of(peeled[0])[1] == shape_of(peeled[1])[1]:
+            return peeled
+        if shape_of(k)[1] != shape_of(v)[1]:
+            raise Unsupported("keys and values have different numbers of heads")
+        return k, v
+
+    def _bias(self, insert: Inserter, terms: Sequence[Term], heads: Heads) -> fx.Node | None:
+        """The terms that stay tensors: one sum, or one bool tensor when all of them only hide."""
+        keeps = [_keep(insert, t, heads) for t in terms if t.role != "add"]
+        added = [_added(insert, t, heads) for t in terms if t.role == "add"]
+        keep, bias = None, None
+        for node in keeps:
+            keep = node if keep is None else insert.call(aten.logical_and.default, keep, node)
+        for node in added:
+            bias = node if bias is None else insert.call(aten.add.Tensor, bias, node)
+        if keep is None or bias is None:
+            return bias if keep is None else keep
+        return insert.call(aten.where.ScalarOther, keep, bias, float("-inf"))
+
+    def _slopes(self, insert: Inserter, slopes: Tensor | None) -> fx.Node | None:
+        """The slopes as a buffer of the program; equal ones are stored once."""
+        if slopes is None:
+            return None
+        name = next((n for n, s in self.slopes if torch.equal(s, slopes)), None)
+        if name is None:
+            name = f"alibi_slopes_{len(self.slopes)}"
+            self.program.module.register_buffer(name, slopes)
+            self.slopes.append((name, slopes))
+        return insert.attribute(name)
+
+    def _agrees(self, region: AttentionRegion, new: fx.Node, insert: Inserter) -> bool:
+        """Whether region and replacement compute the same; equal regions are run once."""
+        bound = self._boundary(region, insert)
+        terms = [term.node for term in region.scores.terms]
+        inside = needed([region.output, new], dict.fromkeys((*bound, *terms)))
+        key = region_key(inside, terms)
+        if key in self.checked:
+            return True
+        for seed, length in enumerate(_LENGTHS):
+            if not self._agrees_at(region, new, bound, length, seed):
+                return False
+        self.checked.add(key)
+        return True
+
+    def _boundary(self, region: AttentionRegion, insert: Inserter) -> list[fx.Node]:
+        """Data-dependent nodes that the replacement reads: they get random values."""
+        fresh = set(insert.inserted)
+        operands = {o for node in insert.inserted for o in node.all_input_nodes if o not in fresh}
+        own = {term.node for term in region.scores.terms if self._content(term.node)}
+        tensors = {o for o in operands if isinstance(o.meta.get("val"), Tensor)}
+        return sorted(own | {o for o in tensors if self._content(o)})
+
+    def _content(self, node: fx.Node) -> bool:
+        return bool(depends_on(node, self.walk.depends) - {POSITIONS})
+
+    def _agrees_at(
+        self, region: AttentionRegion, new: fx.Node, bound: Sequence[fx.Node], length: int, seed: int
+    ) -> bool:
+        generator = torch.Generator().manual_seed(seed)
+        symbols = self.classifier.sampler.symbols
+        sequence = {str(s) for e in shape_of(region.output)[-2:-1] for s in _free(e)}
+        sizes = {s: length if s in sequence else 2 + i for i, s in enumerate(symbols)}
+        values = {node: _random(node, sizes, generator) for node in bound}
+        try:
+            values |= _positions(self.program, sizes)
+            old, raised = evaluate(
+                self.program, [region.output, new], values, sizes=sizes, widen=True
+            )
+        except (*EVALUATION_ERRORS, UnboundInput):
+            return False
+        if old.shape != raised.shape:
+            return False
+        error = (old.double() - raised.double()).abs().max()
+        return bool(error <= _TOLERANCE * old.double().abs().max())
+
+
+def _free(extent: object) -> set[object]:
+    return set(getattr(extent, "free_symbols", ()))
+
+
+def _positions(program: Program, sizes: dict[str, int]) -> dict[fx.Node, Tensor]:
+    """True positions, counted up: masks are functions of them."""
+    values = random_positions(program, sizes, torch.Generator())
+    return {n: torch.arange(v.shape[-1]).expand(v.shape).to(v) for n, v in values.items()}
+
+
+def _random(node: fx.Node, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
+    """Random values; bool ones are True in the first column, so that every row sees something."""
+    value = random_value(node, sizes, generator)
+    if value.dtype == torch.bool and value.dim():
+        value[..., 0] = True
+    return value.float() if value.is_floating_point() else value
+
+
+def _neighbours(region: AttentionRegion) -> tuple[fx.Node, ...]:
+    """Nodes whose shapes tell batch and heads apart where the products merge them."""
+    keys = [region.right, *region.right.all_input_nodes]
+    return (region.left, region.values, *keys, region.output, *region.anchors)
+
+
+def _sink_vector(node: fx.Node, heads: Heads) -> fx.Node:
+    """The [num_heads] tensor whose views a column of sink logits is."""
+    views = (aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten._to_copy.default)
+    while shape_of(node) != (heads.count,):
+        if node.target not in views:
+            raise Unsupported("the column of sink logits is not one logit per head")
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
+
+
+def _keep(insert: Inserter, term: Term, heads: Heads) -> fx.Node:
+    x = to_bhsd(insert, term.node, heads, expand=False)
+    if term.role == "hide":
+        return insert.call(aten.logical_not.default, x)
+    return insert.call(aten.ne.Scalar, x, 0) if term.role == "gate" else x
+
+
+def _added(insert: Inserter, term: Term, heads: Heads) -> fx.Node:
+    x = to_bhsd(insert, term.node, heads, expand=False)
+    return x if term.factor == 1.0 else insert.call(aten.mul.Tensor, x, term.factor)
+
+
+def _as_output(insert: Inserter, new: fx.Node, old: fx.Node) -> fx.Node:
+    """The dialect operator's bhsd result in the shape and dtype of what it replaces."""
+    new = insert.reshape(new, shape_of(old))
+    dtype = old.meta["val"].dtype
+    if new.meta["val"].dtype != dtype:
+        new = insert.call(aten._to_copy.default, new, dtype=dtype)
+    return new

@@ -1,0 +1,173 @@
+"""streaming-llm on whole models: exact with everything kept, and like the slow reference without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from passes.streaming_llm import StreamingLLM
+from rewriter.decoding.state import Session
+from rewriter.dialect import OPS
+from rewriter.errors import ConfigError
+from tests.passes.derived import derived, model_of, rewritten, run
+from tests.passes.slow_llama import SlowLlama
+
+STORIES = Path("/work/shared/data/stories260k")
+TOKENS = torch.arange(40).remainder(61).view(1, 40)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},  # q and k are normalised before they turn
+    "mistral": {"sliding_window": 9},
+    "gemma2": {"sliding_window": 9},  # soft-cap, window on every other layer
+    "gpt_oss": {"sliding_window": 9, "num_local_experts": 2, "num_experts_per_tok": 1},  # sinks
+    "gpt_neox": {"rotary_pct": 0.5},  # partial rotation
+    "smollm3": {"no_rope_layers": [0, 1]},  # a layer that does not rotate
+    "bloom": {"n_head": 4, "n_layer": 2, "hidden_size": 32},  # ALiBi slopes
+}
+
+
+def slow_logits(model: PreTrainedModel, knobs: StreamingLLM, tokens: torch.Tensor) -> torch.Tensor:
+    slow = SlowLlama(model, knobs.num_sink_tokens, knobs.recent_window)
+    with torch.no_grad():
+        return torch.stack([slow.step(int(token)) for token in tokens])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_everything_kept_it_is_dense(family: str) -> None:
+    model = model_of(family, **FAMILIES[family])
+    result = rewritten(derived(model), StreamingLLM(recent_window=40))
+    assert not result.misses and len(result.applied) == 2
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    for chunks in ([40], [13, 1, 1, 25], [1] * 40):
+        found = run(result.program, TOKENS, chunks)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("knobs", [(4, 8), (0, 6), (2, 13)])
+def test_like_the_slow_reference(knobs: tuple[int, int]) -> None:
+    model = model_of("llama")
+    method = StreamingLLM(num_sink_tokens=knobs[0], recent_window=knobs[1])
+    program = rewritten(derived(model), method).program
+    expected = slow_logits(model, method, TOKENS[0]).float()
+    for chunks in ([40], [3, 1, 1, 5, 30], [1] * 40):
+        torch.testing.assert_close(run(program, TOKENS, chunks)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_left_padding() -> None:
+    model, method = model_of("llama"), StreamingLLM(num_sink_tokens=2, recent_window=6)
+    program = rewritten(derived(model), method).program
+    tokens = torch.stack([TOKENS[0, :25], TOKENS[0, 10:35]])
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    for chunks in ([25], [4, 8, 1, 1, 11]):
+        found = run(program, tokens, chunks, mask)
+        for row, pad in ((0, 0), (1, 9)):
+            expected = slow_logits(model, method, tokens[row, pad:]).float()
+            torch.testing.assert_close(found[row, pad:], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_reference_is_what_the_program_computes() -> None:
+    model, method = model_of("llama"), StreamingLLM(num_sink_tokens=2, recent_window=6)
+    torch.manual_seed(1)
+    program = derived(model)
+    site_facts = [(a.site, a.facts) for a in rewritten(program, method).applied]
+    q, k, v = (torch.randn(2, n, 20, 8) for n in (4, 2, 2))
+    positions = (torch.arange(20) - torch.tensor([[0], [5]])).clamp_min(-1)
+    angles = positions.clamp_min(0)[:, None, :, None] / 10000.0 ** (torch.arange(4) / 4)
+    out = method.reference(
+        q, k, v, angles.cos(), angles.sin(), positions, None, None, facts=site_facts[0][1]
+    )
+    slots, distance, mask, ranks = torch.ops.rewriter.streaming_entries(
+        torch.full((2, 27), -1), positions, num_sink_tokens=2, recent_window=24
+    )
+    assert not out[1, :, :5].any()
+    wide = method.exact_setting(site_facts[0][1], length=20)
+    dense = wide.reference(
+        q, k, v, angles.cos(), angles.sin(), positions, None, None, facts=site_facts[0][1]
+    )
+    ring = torch.zeros(2, 2, 27, 8)
+    turned = ranks[:, None, :, None] / 10000.0 ** (torch.arange(4) / 4)
+    found = torch.ops.rewriter.streaming_attention(
+        q, k, v, ring, ring.clone(), slots, distance, mask, turned.cos(), turned.sin(),
+        softmax_scale=site_facts[0][1].softmax_scale, num_sink_tokens=2,
+    )  # fmt: skip
+    torch.testing.assert_close(found, dense, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(out[0, :, 10:], dense[0, :, 10:], atol=1e-3)
+
+
+def test_layers_share_positions_and_tables() -> None:
+    program = rewritten(derived(model_of("llama")), StreamingLLM(recent_window=8)).program
+    assert len(program.calls(OPS["streaming_entries"].overload)) == 1
+    first, second = program.calls(OPS["streaming_attention"].overload)
+    assert first.args[5:10] == second.args[5:10]
+    assert not program.calls(OPS["kv_append"].overload)
+    assert program.placeholder("kv_offset") is None and program.placeholder("k_positions") is None
+    assert program.decoding is not None
+    assert all(state.bounded for state in program.decoding.states)
+    assert program.decoding.max_positions is None and program.decoding.max_chunk == 8
+
+
+def test_some_layers_only() -> None:
+    model = model_of("llama")
+    result = rewritten(derived(model), StreamingLLM(recent_window=40, layers=(1,)))
+    assert len(result.applied) == 1
+    decoding = result.program.decoding
+    assert decoding is not None and decoding.max_positions == 128
+    assert [state.bounded for state in decoding.states].count(False) == 2
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    found = run(result.program, TOKENS, [30, 1, 9])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}, "positions are added before the keys"),
+        ("llama4_text", {"attention_chunk_size": 16}, "mask"),
+    ],
+)
+def test_misses(family: str, changes: dict[str, Any], reason: str) -> None:
+    result = rewritten(derived(model_of(family, **changes)), StreamingLLM())
+    assert not result.applied
+    assert reason in result.misses[0].reason and result.misses[0].node
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"recent_window": 0},
+        {"num_sink_tokens": -1},
+        {"recent_window": 2.5},
+        {"num_sink_tokens": True},
+    ],
+)
+def test_knobs_out_of_range(knobs: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(knobs))):
+        StreamingLLM(**knobs)
+
+
+@pytest.mark.skipif(
+    not STORIES.is_dir(), reason="the stories260k checkpoint is not on this machine"
+)
+def test_endless() -> None:
+    """20,000 tokens: constant memory, finite, every step like the slow reference."""
+    model = AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    method = StreamingLLM(num_sink_tokens=4, recent_window=252)
+    session = Session(rewritten(derived(model), method).program, 1)
+    slow = SlowLlama(model, method.num_sink_tokens, method.recent_window)
+    token, state_bytes, worst, flips = 1, session.state_bytes(), 0.0, 0
+    with torch.no_grad():
+        for _ in range(20_000):
+            logits = session.run(torch.tensor([[token]]))[0, -1]
+            expected = slow.step(token)
+            worst = max(worst, float((logits - expected).abs().max()))
+            token = int(logits.argmax())
+            flips += token != int(expected.argmax())
+    assert session.state_bytes() == state_bytes
+    assert worst < 1e-3 and flips <= 5
