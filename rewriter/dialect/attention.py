@@ -129,7 +129,14 @@ def attention_cost(q: Tensor, k: Tensor, v: Tensor, *_: object, **options: objec
     return Cost(2.0 * pairs * (q.shape[3] + v.shape[3]), nbytes(q, k, v) + out_bytes, 1)
 
 
-@dialect_op("attention" + ATTENTION_SCHEMA, fake=_fake, cost=attention_cost)
+def _repeating_cost(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> Cost:
+    """Also the copies of K and V for every head of a group, written and read."""
+    group_size = q.shape[1] // k.shape[1]
+    copies = 2.0 * group_size * nbytes(k, v) if group_size > 1 else 0.0
+    return attention_cost(q, k, v, *rest, **options) + Cost(0.0, copies, 2 if copies else 0)
+
+
+@dialect_op("attention" + ATTENTION_SCHEMA, fake=_fake, cost=_repeating_cost)
 def attention(
     q: Tensor,
     k: Tensor,

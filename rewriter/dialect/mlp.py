@@ -44,7 +44,9 @@ def _cost(x: Tensor, *weights: Tensor | None, activation: str) -> Cost:
     return Cost(flops, 2 * nbytes(x) + nbytes(*weights), len(matrices))
 
 
-def _fake_gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *_: object, activation: str) -> Tensor:
+def _fake_gated(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *_: object, activation: str
+) -> Tensor:
     return _out(x, down)
 
 

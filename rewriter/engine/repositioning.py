@@ -53,7 +53,9 @@ def rotated(site: Site, cached: CachedAttention, subject: str) -> Rotated | Miss
     """How positions enter q and k, or why they cannot be counted anew."""
     tables, absolute = _position_tables(site.program)
     if absolute is not None:
-        reason = "positions are added before the keys; they cannot be re-positioned"
+        added = absolute.target in (aten.add.Tensor, aten.add_.Tensor)
+        what = "are added before the keys" if added else f"enter through {absolute.target}"
+        reason = f"positions {what}; they cannot be re-positioned"
         return Miss.at(absolute, subject, reason, site=site.label)
     q, k = site.arguments["q"], cached.k
     for name, node in (("q", q), ("k", k)):

@@ -79,9 +79,17 @@ class RewritePass:
         """The knobs at which the rewrite equals the original on sequences up to `length` tokens."""
         return self
 
-    def cost(self, facts: Any) -> Cost:
-        """Of one decode step at the site after the rewrite."""
-        raise NotImplementedError
+    def stress_setting(self, facts: Any, *, length: int) -> Self:
+        """Knobs at which the approximation is at work within `length` tokens, for verification."""
+        return self
+
+    def cost(self, facts: Any) -> Cost | None:
+        """Of one decode step at the site after the rewrite; None when it is not predicted."""
+        return None
+
+    def original_cost(self, facts: Any) -> Cost | None:
+        """Of one decode step at the site before the rewrite; None when it is not predicted."""
+        return None
 
     def candidates(self, facts: Any) -> tuple[Self, ...]:
         """Settings worth trying in a search, cheapest first."""

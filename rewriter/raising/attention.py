@@ -109,7 +109,7 @@ class _Raiser:
             ATTENTION,
             *(peel_casts(q, dtype), peel_casts(k, dtype), v, None, None),
             *(self._bias(insert, mask.bias, heads), sinks, self._slopes(insert, mask.slopes)),
-            softmax_scale=scores.scale * q_factor * k_factor,
+            softmax_scale=scores.scale * (scores.softcap or 1.0) * q_factor * k_factor,
             mask=mask.kind,
             span=mask.span,
             softcap=scores.softcap,

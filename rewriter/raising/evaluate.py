@@ -38,7 +38,12 @@ Sizes = dict[str, int]
 NARROW = frozenset({torch.bfloat16, torch.float16})
 
 SIZE_QUERIES = frozenset(
-    {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
+    {
+        aten.sym_size.int,
+        aten.sym_numel.default,
+        aten.sym_stride.int,
+        aten.sym_storage_offset.default,
+    }
 )
 SHAPE_ONLY = SIZE_QUERIES | frozenset(
     {
@@ -112,7 +117,9 @@ def _operands(node: fx.Node, bound: Mapping[fx.Node, Any]) -> list[fx.Node]:
     if node.target not in SHAPE_ONLY:
         return node.all_input_nodes
     source = node.args[0]
-    return [operand for operand in node.all_input_nodes if operand is not source or operand in bound]
+    return [
+        operand for operand in node.all_input_nodes if operand is not source or operand in bound
+    ]
 
 
 def _compute(

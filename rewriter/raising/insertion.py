@@ -38,11 +38,16 @@ class Inserter:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call, its `meta["val"]` included."""
+        return self._insert(target, args, kwargs, None)
+
+    def _insert(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> fx.Node:
         with self.program.graph.inserting_before(self.before):
             node = self.program.graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in self.before.meta.items() if k in ("stack_trace", "nn_module_stack")}
         node.meta["raised_from"] = self.before.name
-        node.meta["val"] = self._fake_result(node)
+        node.meta["val"] = self._fake_result(node) if value is None else value
         self.inserted.append(node)
         return node
 
@@ -92,7 +97,8 @@ class Inserter:
         dynamic = [i for i, extent in enumerate(wanted) if not isinstance(extent, int)]
         inferred = dynamic[:1] if 0 not in wanted else []
         sizes = [-1 if i in inferred else self.size(e, x) for i, e in enumerate(wanted)]
-        return self.call(aten.reshape.default, x, sizes)
+        value = x.meta["val"].new_empty([_extent(e, x.meta["val"]) for e in wanted])
+        return self._insert(aten.reshape.default, (x, sizes), {}, value)
 
     def size(self, extent: Any, x: fx.Node) -> fx.Node | int:
         """A node for an extent: an integer, or read off x or another node before this place."""
@@ -139,6 +145,18 @@ class Inserter:
         )
         node.meta["val"] = mode.from_tensor(attribute(self.program, node), static_shapes=True)
         return node.meta["val"]
+
+
+def _extent(extent: Any, like: Tensor) -> int | torch.SymInt:
+    """An extent as what a fake tensor's shape holds; inferring it from a reshape to -1 takes seconds."""
+    if isinstance(extent, int):
+        return extent
+    own = (e for e in like.shape if isinstance(e, torch.SymInt))
+    same = next((e for e in own if e.node.expr == extent), None)
+    if same is not None:
+        return same
+    environment = like.fake_mode.shape_env  # pyright: ignore[reportAttributeAccessIssue]
+    return environment.create_symintnode(extent, hint=None)
 
 
 def _permutation(node: fx.Node) -> list[int]:

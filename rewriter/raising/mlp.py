@@ -19,7 +19,7 @@ from rewriter.engine.miss import Miss
 from rewriter.program import Program
 from rewriter.raising.evaluate import depends_on
 from rewriter.raising.linear import Linear, as_linear
-from rewriter.raising.region import agrees, region_key, replace_by, size_choices
+from rewriter.raising.region import agrees, region_key, replace_by, size_choices, strictness
 
 __all__ = ["raise_mlp"]
 
@@ -185,13 +185,16 @@ def _recognise(program: Program, block: Block) -> Shape | None:
     """The first reading of the block that agrees with it on random values."""
     inputs = [*(up.node for up in block.ups), *block.constants]
     sizes = size_choices([block.down.x, *inputs])
-    for shape in _readings(block):
+    for exact in strictness(inputs):
+        for shape in _readings(block):
 
-        def hypothesis(values: Mapping[fx.Node, Tensor], shape: Shape = shape) -> Tensor:
-            return _between([values[up.node] for up in block.ups], shape)
+            def hypothesis(values: Mapping[fx.Node, Tensor], shape: Shape = shape) -> Tensor:
+                return _between([values[up.node] for up in block.ups], shape)
 
-        if agrees(program, block.down.x, inputs, hypothesis, sizes=sizes, rows=True):
-            return shape
+            if agrees(
+                program, block.down.x, inputs, hypothesis, sizes=sizes, rows=True, exact=exact
+            ):
+                return shape
     return None
 
 

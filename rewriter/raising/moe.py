@@ -68,7 +68,7 @@ def raise_moe(program: Program) -> list[Miss]:
     depends: dict[fx.Node, frozenset[str]] = {}
     recipes: dict[Hashable, Recipe | None] = {}
     for node in program.calls(aten.sum.dim_IntList):
-        region = _region(_cast_user(node), depends)
+        region = _region(node, depends)
         if region is None:
             continue
         key = region_key([*region.parameters, *region.nodes])
@@ -111,8 +111,8 @@ def _cast_user(node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and users[0].target is aten._to_copy.default else node
 
 
-def _region(output: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> Region | None:
-    shape = output.meta["val"].shape
+def _region(total: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> Region | None:
+    output, shape = _cast_user(total), total.meta["val"].shape
     if len(shape) != 2:
         return None
     rows: list[fx.Node] = []
@@ -121,7 +121,11 @@ def _region(output: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> Region |
     seen, stack = {output}, [output]
     while stack:
         node = stack.pop()
-        if node is not output and _is_per_token(node, str(shape[0])) and depends_on(node, depends):
+        if (
+            node not in (output, total)
+            and _is_per_token(node, str(shape[0]))
+            and depends_on(node, depends)
+        ):
             rows.append(node)
             continue
         if node.op == "get_attr":
@@ -202,7 +206,9 @@ def _random_choice(region: Region, values: Mapping[fx.Node, Tensor], seed: int) 
 def _hypotheses(region: Region) -> Iterator[Recipe]:
     """Every reading of the parameters that their shapes allow, with every activation."""
     stacked = [i for i, p in enumerate(region.parameters) if p.meta["val"].dim() == 3]
-    flat: list[int | None] = [i for i, p in enumerate(region.parameters) if p.meta["val"].dim() == 2]
+    flat: list[int | None] = [
+        i for i, p in enumerate(region.parameters) if p.meta["val"].dim() == 2
+    ]
     biases = [flat, flat[::-1]] if len(flat) == 2 else [[None, None]]
     limits = [{"activation": "identity", "limit": limit} for limit in _limits(region)]
     activations = [*({"activation": name} for name in ACTIVATIONS), *limits]
@@ -219,12 +225,12 @@ def _hypotheses(region: Region) -> Iterator[Recipe]:
 
 def _limits(region: Region) -> list[float]:
     clamps = (n for n in region.nodes if n.target is aten.clamp.default)
-    return sorted({float(a) for n in clamps for a in n.args if isinstance(a, float | int) and a > 0})
+    return sorted(
+        {float(a) for n in clamps for a in n.args if isinstance(a, float | int) and a > 0}
+    )
 
 
-def _reference(
-    region: Region, recipe: Recipe, values: Mapping[fx.Node, Tensor]
-) -> Tensor | None:
+def _reference(region: Region, recipe: Recipe, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
     parameters = [None if i is None else values[region.parameters[i]] for i in recipe.parameters]
     inputs = (values[region.tokens], values[region.index], values[region.weight])
     try:

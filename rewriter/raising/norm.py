@@ -20,7 +20,7 @@ from rewriter.engine.miss import Miss
 from rewriter.engine.site import bound_arguments
 from rewriter.program import Program
 from rewriter.raising.evaluate import depends_on, needed
-from rewriter.raising.region import agrees, region_key, replace_by, size_choices
+from rewriter.raising.region import agrees, region_key, replace_by, size_choices, strictness
 
 __all__ = ["raise_norm"]
 
@@ -156,17 +156,26 @@ def _back(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> list[fx.Node
 
 def _find(program: Program, region: Region) -> Recipe | None:
     """The pair that covers most: the latest y that leaves nothing used before it, the earliest x."""
-    sizes = size_choices(region.nodes)
     outputs = sorted(range(region.roots, len(region.nodes)), key=lambda y: (_sealed(region, y), y))
     for y in reversed(outputs):
         for x in range(region.roots):
             source, output = region.nodes[x], region.nodes[y]
-            if _type(source) != _type(output) or not _closed(source, output, region):
-                continue
-            for recipe in _hypotheses(region, x, y):
-                inputs = [source, *region.weights]
-                if agrees(program, output, inputs, _reference(region, recipe), sizes=sizes):
+            if _type(source) == _type(output) and _closed(source, output, region):
+                recipe = _fit(program, region, x, y)
+                if recipe is not None:
                     return recipe
+    return None
+
+
+def _fit(program: Program, region: Region, x: int, y: int) -> Recipe | None:
+    """The arguments with which y is a norm of x, equal to the bit if there are such."""
+    inputs, output = [region.nodes[x], *region.weights], region.nodes[y]
+    sizes = size_choices(region.nodes)
+    for exact in strictness(inputs):
+        for recipe in _hypotheses(region, x, y):
+            reference = _reference(region, recipe)
+            if agrees(program, output, inputs, reference, sizes=sizes, exact=exact):
+                return recipe
     return None
 
 
@@ -190,7 +199,9 @@ def _closed(source: fx.Node, output: fx.Node, region: Region) -> bool:
 def _reference(region: Region, recipe: Recipe) -> Callable[[Mapping[fx.Node, Tensor]], Tensor]:
     def reference(values: Mapping[fx.Node, Tensor]) -> Tensor:
         tensors = [values[region.weights[i]] for i in recipe.tensors]
-        return recipe.op.reference(values[region.nodes[recipe.x]], *tensors, **dict(recipe.literals))
+        return recipe.op.reference(
+            values[region.nodes[recipe.x]], *tensors, **dict(recipe.literals)
+        )
 
     return reference
 

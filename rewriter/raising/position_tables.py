@@ -85,9 +85,7 @@ def clone_positions(
     return [copies[node] for node in nodes]
 
 
-def _copy(
-    graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], old: fx.Node
-) -> fx.Node:
+def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], old: fx.Node) -> fx.Node:
     if node.op == "placeholder":
         raise RewriteError(f"{node.name} is not a position: tables depend on {old.name} only")
     if node.target in _RANGES:

@@ -15,7 +15,15 @@ from torch import Tensor, fx
 from rewriter.program import Program
 from rewriter.raising.evaluate import evaluate, free_symbols, random_value
 
-__all__ = ["agrees", "close", "random_bindings", "region_key", "replace_by", "size_choices"]
+__all__ = [
+    "agrees",
+    "close",
+    "random_bindings",
+    "region_key",
+    "replace_by",
+    "size_choices",
+    "strictness",
+]
 
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -70,6 +78,7 @@ def agrees(
     *,
     sizes: Sequence[Mapping[str, int]],
     rows: bool = False,
+    exact: bool = False,
 ) -> bool:
     """Whether `output`, as a function of `inputs`, equals the hypothesis on random values.
 
@@ -78,6 +87,7 @@ def agrees(
         hypothesis: from the values of `inputs` (and of the weights it names) to the expected output.
         sizes: extents of the symbols, one trial each.
         rows: compare as matrices of the last dimension, however the rows are arranged.
+        exact: in the model's own dtype every bit has to agree.
     """
     narrow = any(_is_narrow(node) for node in (*inputs, output))
     for seed, extents in enumerate(sizes):
@@ -91,9 +101,18 @@ def agrees(
                 return False
             if rows:
                 actual, expected = (t.reshape(-1, t.shape[-1]) for t in (actual, expected))
-            if not close(expected, actual):
+            if not (_same if exact and not widen else close)(expected, actual):
                 return False
     return True
+
+
+def strictness(nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
+    """Values of `exact` to try in turn: in 16 bits the order of casts is worth a search for equal bits."""
+    return (True, False) if any(_is_narrow(node) for node in nodes) else (False,)
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    return isinstance(actual, Tensor) and close(actual, expected) and torch.equal(actual, expected)
 
 
 def _is_narrow(node: fx.Node) -> bool:

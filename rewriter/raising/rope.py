@@ -52,7 +52,9 @@ MIXING = frozenset(
 )
 """Where the walk back from q or k ends: operators that mix features, and dialect operators that do."""
 
-_TOKEN_WISE = frozenset({torch.ops.rewriter.rms_norm.default, torch.ops.rewriter.layer_norm.default})
+_TOKEN_WISE = frozenset(
+    {torch.ops.rewriter.rms_norm.default, torch.ops.rewriter.layer_norm.default}
+)
 
 LARGEST_REGION = 200
 """Nodes between a projection and an attention beyond which a region is not searched."""
@@ -196,7 +198,9 @@ class _Search:
 
     def find(self, region: Region) -> Recipe | None:
         """The rotation that covers most: latest y, then one without a transpose, then earliest x."""
-        trials = [_Trial(self.program, region, s, i) for i, s in enumerate(size_choices(region.nodes))]
+        trials = [
+            _Trial(self.program, region, s, i) for i, s in enumerate(size_choices(region.nodes))
+        ]
         for y in reversed(range(len(region.nodes))):
             for transposed in (False, True):
                 for x in range(y):
@@ -273,7 +277,9 @@ class _Trial:
         """Whether the hypothesis computes the same."""
         x = self.source(source)
         try:
-            cos, sin = (v.of(self.tables[self.region.tables[i]]) for i, v in (recipe.cos, recipe.sin))
+            cos, sin = (
+                v.of(self.tables[self.region.tables[i]]) for i, v in (recipe.cos, recipe.sin)
+            )
             x = x.transpose(1, 2) if recipe.transposed else x
             x = torch.cat((x[..., 0::2], x[..., 1::2]), -1) if recipe.split_pairs else x
             sin = -sin if recipe.negated else sin
@@ -321,9 +327,7 @@ def _hypotheses(
         yield replace(base, split_pairs=True)
 
 
-def _readings(
-    tables: Sequence[int], region: Region
-) -> Iterator[tuple[int, int, tuple[str, str]]]:
+def _readings(tables: Sequence[int], region: Region) -> Iterator[tuple[int, int, tuple[str, str]]]:
     for cos in tables:
         if region.tables[cos].meta["val"].is_complex():
             yield cos, cos, ("real", "imag")

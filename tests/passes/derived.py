@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.program import Program
 from rewriter.raising import raise_program
 
-__all__ = ["derived", "model_of", "rewritten", "run"]
+__all__ = ["derived", "prepared", "rewritten", "run"]
 
 SIZES = {
     "vocab_size": 64,
@@ -41,6 +43,17 @@ def model_of(family: str, **changes: Any) -> PreTrainedModel:
         if weight.dim() >= 2 and "norm" not in name:
             torch.nn.init.normal_(weight, std=0.2)
     return model
+
+
+@functools.cache
+def _prepared(family: str, changes: str) -> tuple[PreTrainedModel, Program]:
+    model = model_of(family, **json.loads(changes))
+    return model, derived(model)
+
+
+def prepared(family: str, **changes: Any) -> tuple[PreTrainedModel, Program]:
+    """A tiny model and its derived program; tests share them, so neither may be changed."""
+    return _prepared(family, json.dumps(changes))
 
 
 def derived(model: PreTrainedModel) -> Program:

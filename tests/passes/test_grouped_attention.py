@@ -7,15 +7,14 @@ import torch
 
 from passes.grouped_attention import GroupedAttention
 from rewriter.dialect import OPS
-from tests.passes.derived import derived, model_of, rewritten, run
+from tests.passes.derived import prepared, rewritten, run
 
 TOKENS = torch.arange(40).remainder(61).view(2, 20)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_same_logits(family: str) -> None:
-    model = model_of(family)
-    program = derived(model)
+    model, program = prepared(family)
     result = rewritten(program, GroupedAttention())
     assert not result.misses and len(result.applied) == 2
     assert not result.program.calls(OPS["attention"].overload)
@@ -29,8 +28,8 @@ def test_same_logits(family: str) -> None:
 
 
 def test_left_padding() -> None:
-    model = model_of("llama")
-    program = rewritten(derived(model), GroupedAttention()).program
+    model, program = prepared("llama")
+    program = rewritten(program, GroupedAttention()).program
     mask = torch.ones_like(TOKENS)
     mask[0, :6] = 0
     with torch.no_grad():
@@ -41,13 +40,14 @@ def test_left_padding() -> None:
 
 
 def test_ungrouped_heads_are_a_miss() -> None:
-    result = rewritten(derived(model_of("llama", num_key_value_heads=4)), GroupedAttention())
+    _, program = prepared("llama", num_key_value_heads=4)
+    result = rewritten(program, GroupedAttention())
     assert not result.applied and len(result.misses) == 2
     assert "not grouped: 4 on 4" in result.misses[0].reason
     assert result.misses[0].source
 
 
 def test_predicts_less_traffic_than_what_it_replaces() -> None:
-    (first, _) = rewritten(derived(model_of("llama")), GroupedAttention()).applied
+    first = rewritten(prepared("llama")[1], GroupedAttention()).applied[0]
     before = OPS["attention"].cost(*first.facts.shape.decode_operands(1024), **first.facts.options)
     assert GroupedAttention().cost(first.facts).bytes_moved < before.bytes_moved

@@ -13,7 +13,7 @@ from passes.streaming_llm import StreamingLLM
 from rewriter.decoding.state import Session
 from rewriter.dialect import OPS
 from rewriter.errors import ConfigError
-from tests.passes.derived import derived, model_of, rewritten, run
+from tests.passes.derived import derived, prepared, rewritten, run
 from tests.passes.slow_llama import SlowLlama
 
 STORIES = Path("/work/shared/data/stories260k")
@@ -38,8 +38,8 @@ def slow_logits(model: PreTrainedModel, knobs: StreamingLLM, tokens: torch.Tenso
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_everything_kept_it_is_dense(family: str) -> None:
-    model = model_of(family, **FAMILIES[family])
-    result = rewritten(derived(model), StreamingLLM(recent_window=40))
+    model, program = prepared(family, **FAMILIES[family])
+    result = rewritten(program, StreamingLLM(recent_window=40))
     assert not result.misses and len(result.applied) == 2
     with torch.no_grad():
         expected = model(TOKENS).logits
@@ -50,17 +50,18 @@ def test_with_everything_kept_it_is_dense(family: str) -> None:
 
 @pytest.mark.parametrize("knobs", [(4, 8), (0, 6), (2, 13)])
 def test_like_the_slow_reference(knobs: tuple[int, int]) -> None:
-    model = model_of("llama")
+    model, program = prepared("llama")
     method = StreamingLLM(num_sink_tokens=knobs[0], recent_window=knobs[1])
-    program = rewritten(derived(model), method).program
+    program = rewritten(program, method).program
     expected = slow_logits(model, method, TOKENS[0]).float()
     for chunks in ([40], [3, 1, 1, 5, 30], [1] * 40):
         torch.testing.assert_close(run(program, TOKENS, chunks)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_left_padding() -> None:
-    model, method = model_of("llama"), StreamingLLM(num_sink_tokens=2, recent_window=6)
-    program = rewritten(derived(model), method).program
+    model, program = prepared("llama")
+    method = StreamingLLM(num_sink_tokens=2, recent_window=6)
+    program = rewritten(program, method).program
     tokens = torch.stack([TOKENS[0, :25], TOKENS[0, 10:35]])
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
@@ -71,37 +72,37 @@ def test_left_padding() -> None:
             torch.testing.assert_close(found[row, pad:], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_reference_is_what_the_program_computes() -> None:
-    model, method = model_of("llama"), StreamingLLM(num_sink_tokens=2, recent_window=6)
+def test_reference_is_what_the_operators_compute() -> None:
+    method = StreamingLLM(num_sink_tokens=2, recent_window=6)
+    (applied, _) = rewritten(prepared("llama")[1], method).applied
     torch.manual_seed(1)
-    program = derived(model)
-    site_facts = [(a.site, a.facts) for a in rewritten(program, method).applied]
     q, k, v = (torch.randn(2, n, 20, 8) for n in (4, 2, 2))
     positions = (torch.arange(20) - torch.tensor([[0], [5]])).clamp_min(-1)
-    angles = positions.clamp_min(0)[:, None, :, None] / 10000.0 ** (torch.arange(4) / 4)
-    out = method.reference(
-        q, k, v, angles.cos(), angles.sin(), positions, None, None, facts=site_facts[0][1]
+    inv_freq = 10000.0 ** -(torch.arange(4) / 4)
+    angles = positions.clamp_min(0)[:, None, :, None] * inv_freq
+    inputs = (q, k, v, angles.cos(), angles.sin(), positions, None, None)
+    expected = method.reference(*inputs, facts=applied.facts)
+    ring, values, slot_positions = (
+        torch.zeros(2, 2, 9, 8),
+        torch.zeros(2, 2, 9, 8),
+        torch.full((2, 9), -1),
     )
-    slots, distance, mask, ranks = torch.ops.rewriter.streaming_entries(
-        torch.full((2, 27), -1), positions, num_sink_tokens=2, recent_window=24
-    )
-    assert not out[1, :, :5].any()
-    wide = method.exact_setting(site_facts[0][1], length=20)
-    dense = wide.reference(
-        q, k, v, angles.cos(), angles.sin(), positions, None, None, facts=site_facts[0][1]
-    )
-    ring = torch.zeros(2, 2, 27, 8)
-    turned = ranks[:, None, :, None] / 10000.0 ** (torch.arange(4) / 4)
-    found = torch.ops.rewriter.streaming_attention(
-        q, k, v, ring, ring.clone(), slots, distance, mask, turned.cos(), turned.sin(),
-        softmax_scale=site_facts[0][1].softmax_scale, num_sink_tokens=2,
-    )  # fmt: skip
-    torch.testing.assert_close(found, dense, atol=2e-6, rtol=1e-5)
-    assert not torch.allclose(out[0, :, 10:], dense[0, :, 10:], atol=1e-3)
+    for at in range(20):
+        part = slice(at, at + 1)
+        *entries, ranks = torch.ops.rewriter.streaming_entries(
+            slot_positions, positions[:, part], num_sink_tokens=2, recent_window=6
+        )
+        turned = ranks[:, None, :, None] * inv_freq
+        found = torch.ops.rewriter.streaming_attention(
+            q[:, :, part], k[:, :, part], v[:, :, part], ring, values, *entries,
+            turned.cos(), turned.sin(),
+            softmax_scale=applied.facts.softmax_scale, num_sink_tokens=2,
+        )  # fmt: skip
+        torch.testing.assert_close(found, expected[:, :, part], atol=2e-6, rtol=1e-5)
 
 
 def test_layers_share_positions_and_tables() -> None:
-    program = rewritten(derived(model_of("llama")), StreamingLLM(recent_window=8)).program
+    program = rewritten(prepared("llama")[1], StreamingLLM(recent_window=8)).program
     assert len(program.calls(OPS["streaming_entries"].overload)) == 1
     first, second = program.calls(OPS["streaming_attention"].overload)
     assert first.args[5:10] == second.args[5:10]
@@ -113,8 +114,8 @@ def test_layers_share_positions_and_tables() -> None:
 
 
 def test_some_layers_only() -> None:
-    model = model_of("llama")
-    result = rewritten(derived(model), StreamingLLM(recent_window=40, layers=(1,)))
+    model, program = prepared("llama")
+    result = rewritten(program, StreamingLLM(recent_window=40, layers=(1,)))
     assert len(result.applied) == 1
     decoding = result.program.decoding
     assert decoding is not None and decoding.max_positions == 128
@@ -133,7 +134,7 @@ def test_some_layers_only() -> None:
     ],
 )
 def test_misses(family: str, changes: dict[str, Any], reason: str) -> None:
-    result = rewritten(derived(model_of(family, **changes)), StreamingLLM())
+    result = rewritten(prepared(family, **changes)[1], StreamingLLM())
     assert not result.applied
     assert reason in result.misses[0].reason and result.misses[0].node
 
