@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["DECODERS", "Family", "build", "randomize"]
+__all__ = ["DECODERS", "Family", "NoSuchSpelling", "build", "randomize"]
+
+
+class NoSuchSpelling(Exception):
+    """The model has no such attention implementation."""
+
 
 _SIZES: dict[str, Any] = {
     # names differ between configurations: each takes the ones it knows
@@ -202,7 +207,12 @@ def build(family: Family, attention: str) -> nn.Module:
     config = config_class(**fields)
     if family.model_type in ("bart", "blenderbot", "pegasus"):
         config.is_decoder, config.is_encoder_decoder = True, False
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    except ValueError as error:
+        if "does not support an attention implementation" in str(error):
+            raise NoSuchSpelling(f"the model has no {attention} attention") from None
+        raise
     randomize(model)
     return model
 

@@ -9,15 +9,13 @@ from torch import Tensor, fx
 
 from rewriter.cost.cost import Cost
 from rewriter.dialect import OPS
-from rewriter.engine.cached_attention import AttentionShape, attention_shape
+from rewriter.dialect.attention import repeat_kv
+from rewriter.engine.cached_attention import TYPICAL_KV_LEN, AttentionShape, attention_shape
 from rewriter.engine.miss import Miss
 from rewriter.engine.rewrite_pass import Facts, Fidelity, RewritePass
 from rewriter.engine.site import Site
 
 __all__ = ["GroupedAttention", "GroupedAttentionFacts"]
-
-TYPICAL_KV_LEN = 1024
-"""Entries that the predicted cost of a decode step assumes."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,12 @@ class GroupedAttention(RewritePass):
     def reference(self, *tensors: Tensor | None, facts: GroupedAttentionFacts) -> Tensor:
         """Attention itself: the function does not change."""
         return OPS["attention"].reference(*tensors, **facts.options)
+
+    def original_cost(self, facts: GroupedAttentionFacts) -> Cost:
+        """The same, every group reading its own copy of K and V."""
+        q, k, v = facts.shape.decode_operands(TYPICAL_KV_LEN)
+        k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
+        return OPS["attention"].cost(q, k, v, **facts.options)
 
     def cost(self, facts: GroupedAttentionFacts) -> Cost:
         """Of one decoded token on `TYPICAL_KV_LEN` entries."""

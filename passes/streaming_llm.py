@@ -14,6 +14,7 @@ from rewriter.cost.cost import Cost
 from rewriter.dialect import OPS
 from rewriter.dialect.attention import attend, repeat_kv
 from rewriter.engine.cached_attention import (
+    TYPICAL_KV_LEN,
     AttentionShape,
     CachedAttention,
     attention_shape,
@@ -69,8 +70,9 @@ class StreamingLLM(RewritePass):
         Approximate; equal to the original, in another order of rounding, while a row has no more than
         S + W tokens.
     Cost:
-        One token attends S + W entries whatever came before; rotating them costs about as much as one
-        read of the keys. Prompts run in chunks of at most `MAX_CHUNK` and `recent_window` tokens.
+        One token attends S + W entries whatever came before. Their keys are turned again for every
+        token: three more passes over them where no kernel fuses it. Prompts run in chunks of at most
+        `MAX_CHUNK` and `recent_window` tokens.
     Parameters:
         num_sink_tokens: S >= 0, first tokens of a row that are always kept.
         recent_window: W >= 1, last tokens that are kept; a model's own sliding window still holds.
@@ -251,6 +253,18 @@ class StreamingLLM(RewritePass):
     def exact_setting(self, facts: StreamingFacts, *, length: int) -> Self:
         """Everything is kept."""
         return replace(self, recent_window=max(length, self.recent_window))
+
+    def stress_setting(self, facts: StreamingFacts, *, length: int) -> Self:
+        """A ring that wraps and sinks that leave the window within `length` tokens."""
+        window = max(1, min(self.recent_window, length // 3))
+        return replace(
+            self, num_sink_tokens=min(self.num_sink_tokens, length // 8), recent_window=window
+        )
+
+    def original_cost(self, facts: StreamingFacts) -> Cost:
+        """Of one decoded token on `TYPICAL_KV_LEN` entries."""
+        operands = facts.shape.decode_operands(TYPICAL_KV_LEN)
+        return OPS["attention"].cost(*operands, mask="full")
 
     def cost(self, facts: StreamingFacts) -> Cost:
         """Of one decoded token once the ring is full."""

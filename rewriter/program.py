@@ -164,7 +164,7 @@ class Program:
 
     def finish(self) -> None:
         """Drop dead nodes, check the graph and regenerate the code, after edits."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(_has_effect)
         self.graph.lint()
         self.module.delete_all_unused_submodules()
         self.module.recompile()
@@ -214,3 +214,11 @@ class Program:
         for node in self.graph.nodes:
             if node.op == "call_function":
                 yield node, source_line(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node has to stay though nothing reads it: inputs, the output, and writes to state."""
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -116,7 +116,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if interleaved:
         swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        swapped = turned.roll(width // 2, dims=-1)
+        half = width // 2
+        swapped = torch.cat((turned[..., half:], turned[..., :half]), dim=-1)
     out = torch.addcmul(turned * cos, swapped.to(cos.dtype), sin).to(x.dtype)
     return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), dim=-1)
 
@@ -131,15 +132,18 @@ def _rotate(
     """
     q_len, kv_len, dim = q.shape[2], keys.shape[2], keys.shape[3]
     cos, sin = _full_width(cos, sin, interleaved)
-    at = (slice(0, kv_len), slice(kv_len, kv_len + q_len), slice(kv_len + q_len, None))
-    tables = [(cos[..., part, :], sin[..., part, :]) for part in at]
-    keys, near = _turn(keys, *tables[0], interleaved), _turn(q, *tables[1], interleaved)
+
+    def turn(x: Tensor, first: int) -> Tensor:
+        at = slice(first, first + x.shape[2])
+        return _turn(x, cos[..., at, :], sin[..., at, :], interleaved)
+
+    keys, near = turn(keys, 0), turn(q, kv_len)
     if q_len == 1 or num_sink_tokens == 0:
         return near, keys
     wide = keys.new_zeros((*keys.shape[:3], 2 * dim))
     wide[:, :, num_sink_tokens:, :dim] = keys[:, :, num_sink_tokens:]
     wide[:, :, :num_sink_tokens, dim:] = keys[:, :, :num_sink_tokens]
-    return torch.cat((near, _turn(q, *tables[2], interleaved)), dim=-1), wide
+    return torch.cat((near, turn(q, kv_len + q_len)), dim=-1), wide
 
 
 def _store(ring: Tensor, new: Tensor, slots: Tensor) -> None:

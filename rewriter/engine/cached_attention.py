@@ -12,9 +12,13 @@ from rewriter.engine.miss import Miss
 from rewriter.engine.site import Site, bound_arguments
 from rewriter.program import Program
 
-__all__ = ["AttentionShape", "CachedAttention", "attention_shape", "cached_attention"]
+__all__ = [
+    "TYPICAL_KV_LEN","AttentionShape", "CachedAttention", "attention_shape", "cached_attention"]
 
 aten = torch.ops.aten
+
+TYPICAL_KV_LEN = 1024
+"""Entries that the predicted cost of a decode step assumes."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _other_entry(
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        for source in () if _ends(current) else current.all_input_nodes:
+        for source in () if _ends(current) else _tensor_inputs(current):
             if source.target is ROPE:
                 reason = f"{current.target} stands between the rotation and {name}"
                 return Miss.at(current, subject, reason, site=site.label, blocked_by=(source.name,))
@@ -101,6 +101,11 @@ def _other_entry(
                 seen.add(source)
                 stack.append(source)
     return None
+
+
+def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Operands that carry values; sizes do not."""
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
 
 
 def _ends(node: fx.Node) -> bool:

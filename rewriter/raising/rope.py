@@ -181,7 +181,7 @@ class _Search:
             node = stack.pop()
             if is_table(node, self.depends, self.ranged):
                 region.tables.append(node)
-            elif not isinstance(node.meta.get("val"), Tensor):
+            elif _is_size(node):
                 continue
             elif not self.depends[node]:
                 region.constants.append(node)
@@ -297,6 +297,8 @@ def _ends(node: fx.Node) -> bool:
 def _shapes_fit(x: fx.Node, y: fx.Node, sizes: Mapping[str, int], transposed: bool) -> bool:
     """Whether y has the dtype and shape of x, or of its transpose."""
     before, after = x.meta["val"], y.meta["val"]
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
     if before.dtype != after.dtype or not before.is_floating_point() or before.dim() < 3:
         return False
     shape = list(concrete_shape(x, sizes))
@@ -310,8 +312,11 @@ def _shapes_fit(x: fx.Node, y: fx.Node, sizes: Mapping[str, int], transposed: bo
 def _closed(between: Sequence[fx.Node], region: Region) -> bool:
     """Whether running these nodes stays inside the region (sizes may be read anywhere)."""
     inside = set(region.nodes)
-    tensors = (node for node in between if isinstance(node.meta.get("val"), Tensor))
-    return all(node in inside and not _ends(node) for node in tensors)
+    return all(_is_size(node) or (node in inside and not _ends(node)) for node in between)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def _hypotheses(

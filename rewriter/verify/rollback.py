@@ -130,7 +130,7 @@ class Verifier:
     ) -> dict[int, SiteVerdict]:
         """Every site against its reference, and again with small budgets where a pass approximates."""
         try:
-            verdicts = check_sites(result, self.scenarios)
+            verdicts = check_sites(result, base, self.scenarios)
         except (RewriterError, RuntimeError, ValueError, TypeError, IndexError) as error:
             log.info("a rewritten program did not run: %s", error)
             return {}
@@ -143,7 +143,7 @@ class Verifier:
 
         small = apply_passes(base, passes, excluded=excluded, setting=stressed)
         by_identity = {a.identity: i for i, a in enumerate(result.applied)}
-        for i, verdict in check_sites(small, self.scenarios).items():
+        for i, verdict in check_sites(small, base, self.scenarios).items():
             at = by_identity.get(small.applied[i].identity)
             if at in verdicts and verdicts[at].passed and verdict.error >= verdicts[at].error:
                 verdicts[at] = verdict

@@ -18,6 +18,10 @@ from rewriter.verify.tolerances import tolerance
 __all__ = ["SiteVerdict", "check_sites", "method_errors"]
 
 
+POSITIONS = ("q_positions", "k_positions")
+"""Inputs that a decoding program may do without."""
+
+
 @dataclass(frozen=True)
 class SiteVerdict:
     """The worst a site did over the scenarios."""
@@ -93,34 +97,54 @@ def _recorded(program: Program, names: set[str], scenario: Scenario) -> _Recorde
     return recorder
 
 
-def _reference(applied: Applied, recorder: _Recorder, nodes: dict[str, fx.Node]) -> Tensor:
-    tensors = [None if name is None else recorder.merged(nodes[name]) for name in applied.inputs]
-    return applied.chosen.reference(*tensors, facts=applied.facts)
+class _Inputs:
+    """Looks up a reference's inputs: in the rewritten program, else in the one before any rewrite.
+
+    What a rewrite made dead, such as rotary tables at true positions, is computed from positions alone
+    and the same in both.
+    """
+
+    def __init__(self, base: Program, result: PipelineResult, scenario: Scenario) -> None:
+        self.nodes, self.base_nodes = _nodes(result.program), _nodes(base)
+        named = {n for a in result.applied for n in (*a.inputs, a.after) if n is not None}
+        self.recorder = _recorded(result.program, named & self.nodes.keys(), scenario)
+        lost = (named & self.base_nodes.keys()) - self.nodes.keys()
+        self.base = _recorded(base, lost, scenario) if lost else None
+
+    def __call__(self, name: str | None) -> Tensor | None:
+        if name in POSITIONS and name not in self.nodes:
+            name = "q_positions" if "q_positions" in self.nodes else None
+        if name is None:
+            return None
+        if name in self.nodes:
+            return self.recorder.merged(self.nodes[name])
+        assert self.base is not None
+        return self.base.merged(self.base_nodes[name])
+
+    def complete(self, applied: Applied) -> bool:
+        """Whether the rewrite's output and all its reference needs were seen."""
+        known = self.nodes.keys() | self.base_nodes.keys() | {None, *POSITIONS}
+        return applied.after in self.nodes and set(applied.inputs) <= known
 
 
-def check_sites(result: PipelineResult, scenarios: Sequence[Scenario]) -> dict[int, SiteVerdict]:
+def check_sites(
+    result: PipelineResult, base: Program, scenarios: Sequence[Scenario]
+) -> dict[int, SiteVerdict]:
     """Each applied rewrite's output against its reference, by its index in `result.applied`."""
-    nodes = _nodes(result.program)
-    checkable = {
-        i: a
-        for i, a in enumerate(result.applied)
-        if a.after in nodes and all(n is None or n in nodes for n in a.inputs)
-    }
-    wanted = {n for a in checkable.values() for n in (*a.inputs, a.after) if n is not None}
-    verdicts = {i: SiteVerdict(0.0, 0.0, "") for i in checkable}
-    for scenario in scenarios:
-        recorder = _recorded(result.program, wanted, scenario)
-        for i, applied in checkable.items():
-            if verdicts[i].passed:
-                verdicts[i] = _worse(verdicts[i], _verdict(applied, recorder, nodes, scenario.name))
+    verdicts: dict[int, SiteVerdict] = {}
+    for scenario in scenarios if result.applied else ():
+        inputs = _Inputs(base, result, scenario)
+        for i, applied in enumerate(result.applied):
+            verdict = verdicts.get(i, SiteVerdict(0.0, 0.0, ""))
+            if verdict.passed and inputs.complete(applied):
+                verdicts[i] = _worse(verdict, _verdict(applied, inputs, scenario.name))
     return verdicts
 
 
-def _verdict(
-    applied: Applied, recorder: _Recorder, nodes: dict[str, fx.Node], scenario: str
-) -> SiteVerdict:
-    output = recorder.merged(nodes[applied.after])
-    reference = _reference(applied, recorder, nodes)
+def _verdict(applied: Applied, inputs: _Inputs, scenario: str) -> SiteVerdict:
+    output = inputs(applied.after)
+    tensors = [inputs(name) for name in applied.inputs]
+    reference = applied.chosen.reference(*tensors, facts=applied.facts)
     if output is None:
         return SiteVerdict(float("inf"), 0.0, "the rewrite's output is not a tensor")
     allowed = tolerance(applied.rewrite.fidelity, reference.dtype)
@@ -146,13 +170,15 @@ def method_errors(
     known = {
         i: a
         for i, a in enumerate(applied)
-        if a.before in nodes and all(n is None or n in nodes for n in a.inputs)
+        if a.before in nodes and {n for n in a.inputs if n is not None} <= nodes.keys()
     }
     wanted = {n for a in known.values() for n in (*a.inputs, a.before) if n is not None}
     recorder = _recorded(base, wanted, scenario)
     errors: dict[int, dict[str, float]] = {}
     for i, a in known.items():
+        tensors = [None if n is None else recorder.merged(nodes[n]) for n in a.inputs]
         original = recorder.merged(nodes[a.before])
         if original is not None:
-            errors[i] = {"relative_l2": relative_l2(_reference(a, recorder, nodes), original)}
+            reference = a.chosen.reference(*tensors, facts=a.facts)
+            errors[i] = {"relative_l2": relative_l2(reference, original)}
     return errors

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import torch
-from rewriter.engine.pipeline import PipelineResult, apply_passes
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -15,6 +14,7 @@ from rewriter.capture.causal_lm import capture_causal_lm
 from rewriter.decoding.derive import derive
 from rewriter.decoding.state import Session
 from rewriter.engine.miss import Miss
+from rewriter.engine.pipeline import PipelineResult, apply_passes
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.program import Program
 from rewriter.raising import raise_program
@@ -30,6 +30,9 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
 
 

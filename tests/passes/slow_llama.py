@@ -28,6 +28,11 @@ class SlowLlama:
         empty = torch.empty(0, self.config.num_key_value_heads, self.head_dim).double()
         self.kept = [(empty, empty) for _ in range(self.config.num_hidden_layers)]
 
+    def forget_recent(self) -> None:
+        """Keep only the sinks."""
+        sinks = self.num_sink_tokens
+        self.kept = [(keys[:sinks], values[:sinks]) for keys, values in self.kept]
+
     def step(self, token: int) -> Tensor:
         """Logits [vocab_size] after one more token."""
         x = self.weights["model.embed_tokens.weight"][token]
