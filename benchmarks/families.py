@@ -142,7 +142,7 @@ DECODERS: tuple[Family, ...] = (
     _f("smollm3"),
     _f("persimmon"),
     _f("deepseek_v2", num_key_value_heads=4),
-    _f("deepseek_v3", num_key_value_heads=4),
+    _f("deepseek_v3", num_key_value_heads=4, head_dim=8),
     _f("gpt_oss"),
     _f("glm"),
     _f("glm4"),
@@ -184,6 +184,34 @@ DECODERS: tuple[Family, ...] = (
     _f("internlm3"),
     _f("minicpm3", num_key_value_heads=4),
     _f("iquestcoder"),
+    _f("exaone_moe"),
+    _f("solar_open"),
+    _f("hy_v3"),
+    _f("laguna"),
+    _f("flint"),
+    _f("kolibri1"),
+    _f("granite_swa"),
+    _f("granitemoe_swa"),
+    _f("mimo_v2_flash"),
+    _f("ministral3"),
+    _f("cohere2_moe"),
+    _f("aria_text"),
+    _f("youtu", num_key_value_heads=4, head_dim=8),
+    _f("axk1", num_key_value_heads=4, head_dim=8),
+    _f("glm4_moe_lite", num_key_value_heads=4, head_dim=8),
+    _f("roberta"),
+    _f("bert-generation"),
+    _f("roformer"),
+    _f("xlm-roberta"),
+    _f("camembert"),
+    _f("megatron-bert"),
+    _f("electra"),
+    _f("mvp"),
+    _f("plbart"),
+    _f("marian"),
+    _f("mbart"),
+    _f("blenderbot-small"),
+    _f("bigbird_pegasus"),
     _f("mamba", mixes="convolution and scan", intermediate_size=128),
     _f("mamba2", mixes="convolution and scan"),
     _f("rwkv", mixes="token shift"),
@@ -205,8 +233,7 @@ def build(family: Family, attention: str) -> nn.Module:
     fields = {key: value for key, value in _sizes(config_class()).items() if value is not None}
     fields |= {key: value for key, value in family.overrides.items() if value is not None}
     config = config_class(**fields)
-    if family.model_type in ("bart", "blenderbot", "pegasus"):
-        config.is_decoder, config.is_encoder_decoder = True, False
+    config.is_decoder, config.is_encoder_decoder = True, False
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     except ValueError as error:

@@ -65,6 +65,9 @@ def derive(program: Program) -> Program | Miss:
     mixer = mixing_operator(program)
     if mixer is not None:
         return Miss.at(mixer, SUBJECT, f"{mixer.target} mixes tokens and is not causal attention")
+    for baked in program.baked:
+        reason = f"capture fixed dimension {baked.dim} of {baked.input} at {baked.value}: {baked.reason}"
+        return Miss(SUBJECT, reason)
     return _derive_checked(program.clone())
 
 

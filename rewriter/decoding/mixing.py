@@ -79,9 +79,15 @@ def _differs(a: Tensor, b: Tensor) -> bool:
     return not torch.allclose(a.float(), b.float(), rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _others(value: Tensor, row: int, token: int) -> Tensor | None:
+def _probe_length(program: Program) -> int:
+    """Tokens of the probe: the sequence length that capture had to fix, or `LENGTH`."""
+    fixed = next((s.dims[-1] for s in program.signature.inputs if s.name == "input_ids"), None)
+    return fixed if isinstance(fixed, int) and fixed > CHANGED else LENGTH
+
+
+def _others(value: Tensor, length: int, row: int, token: int) -> Tensor | None:
     """The values at all positions but one; None when the token dimension cannot be told."""
-    dims = [d for d, extent in enumerate(value.shape) if extent == LENGTH]
+    dims = [d for d, extent in enumerate(value.shape) if extent == length]
     if len(dims) != 1 or value.shape[0] != 2:
         return None
     kept = value.clone()
@@ -95,23 +101,24 @@ def mixing_operator(program: Program) -> fx.Node | None:
     Args:
         program: a raised causal LM, inputs `input_ids` and maybe `position_ids`.
     """
-    ids = probe_tokens(program, 2, LENGTH)
+    length = _probe_length(program)
+    ids = probe_tokens(program, 2, length)
     changed = ids.clone()
     changed[0, CHANGED] = (changed[0, CHANGED] + 1) % max(vocabulary(program), 2)
     before, after = _run(program, ids, 0).env, _run(program, changed, 0).env
     output = program.graph.output_node()
-    if not any(_mixed(before[n], after[n]) for n in output.all_input_nodes):
+    if not any(_mixed(before[n], after[n], length) for n in output.all_input_nodes):
         return None
     for node in program.graph.nodes:
-        if node.op == "call_function" and _mixed(before[node], after[node]):
+        if node.op == "call_function" and _mixed(before[node], after[node], length):
             return node
     return output
 
 
-def _mixed(before: Any, after: Any) -> bool:
+def _mixed(before: Any, after: Any, length: int) -> bool:
     if not isinstance(before, Tensor) or before.shape != getattr(after, "shape", None):
         return False
-    a, b = _others(before, 0, CHANGED), _others(after, 0, CHANGED)
+    a, b = _others(before, length, 0, CHANGED), _others(after, length, 0, CHANGED)
     return a is not None and b is not None and _differs(a, b)
 
 

@@ -77,14 +77,17 @@ def moe(
     transposed: bool = False,
     limit: float = 0.0,
 ) -> Tensor:
-    """Σ over a token's experts e of weight · down_e(gate(up_e(x))); only experts that are asked for run.
+    """Σ over a token's experts e of weight · down_e(gate(up_e(x))); only chosen experts run.
 
     Args:
-        x: [tokens, hidden_size]; expert_index: int64 and expert_weight: [tokens, experts per token].
+        x: [tokens, hidden_size];
+        expert_index (int64), expert_weight: [tokens, experts per token].
         up: [experts, 2 · intermediate_size or intermediate_size, hidden_size];
-        down: [experts, hidden_size, intermediate_size]; both with the last two swapped if `transposed`.
-        up_bias, down_bias: [experts, out]. activation: a key of `ACTIVATIONS`; gating: of `GATINGS`.
-        limit: not 0 for the clamped form (up + 1) · g · sigmoid(1.702 g), which takes no activation.
+        down: [experts, hidden_size, intermediate_size];
+        transposed: the last two dimensions of both are swapped.
+        up_bias, down_bias: [experts, out].
+        activation: a key of `ACTIVATIONS`; gating: one of `GATINGS`.
+        limit: not 0 for the clamped form (up + 1) · g · sigmoid(1.702 g), without activation.
     """
     if not transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)

@@ -30,8 +30,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 
     Args:
         x: [..., head_dim].
-        cos, sin: broadcast to [..., rotary_dim / 2]; rotary_dim <= head_dim, dimensions beyond it pass
-            through. Any attention scaling (YaRN) is already multiplied in.
+        cos, sin: broadcast to [..., rotary_dim / 2]; rotary_dim <= head_dim, dimensions beyond
+            it pass through. Any attention scaling (YaRN) is already multiplied in.
         interleaved: pairs are (2i, 2i+1); otherwise (i, i + rotary_dim / 2).
 
     Returns:

@@ -22,10 +22,11 @@ from rewriter.raising.head_layout import (
     peel_casts,
     peel_repeat,
     peel_scale,
+    term_to_bhsd,
     to_bhsd,
 )
 from rewriter.raising.insertion import Inserter, NoExtent, shape_of
-from rewriter.raising.mask_samples import Term
+from rewriter.raising.mask_samples import Term, sizes_for
 from rewriter.raising.masks import Classifier, MaskStructure
 from rewriter.raising.position_tables import POSITIONS, random_positions
 from rewriter.raising.region import EVALUATION_ERRORS, region_key
@@ -79,7 +80,7 @@ class _Raiser:
         """Put the dialect operator in the place of one region, or say why not."""
         insert = Inserter(self.program, region.output)
         try:
-            heads = heads_of(region.lead, _neighbours(region))
+            heads = heads_of(region.shape[:-2], _neighbours(region))
             mask = self.classifier.describe(region.scores.terms, heads.count, causal=region.causal)
             new = self._insert(insert, region, heads, mask)
             agrees = self._agrees(region, new, insert)
@@ -101,7 +102,7 @@ class _Raiser:
         k, k_factor = self._keys(insert, region, heads)
         v = to_bhsd(insert, region.values, heads)
         for factor in scores.row_scales:
-            q = insert.call(aten.mul.Tensor, q, to_bhsd(insert, factor, heads, expand=False))
+            q = insert.call(aten.mul.Tensor, q, term_to_bhsd(insert, factor, region.shape, heads))
         k, v = self._peel(insert, k, v)
         dtype = v.meta["val"].dtype
         sinks = None if scores.sinks is None else _sink_vector(scores.sinks, heads)
@@ -199,11 +200,9 @@ class _Raiser:
         self, region: AttentionRegion, new: fx.Node, bound: Sequence[fx.Node], length: int, seed: int
     ) -> bool:
         generator = torch.Generator().manual_seed(seed)
-        symbols = self.classifier.sampler.symbols
-        sequence = {str(s) for e in shape_of(region.output)[-2:-1] for s in _free(e)}
-        sizes = {s: length if s in sequence else 2 + i for i, s in enumerate(symbols)}
-        values = {node: _random(node, sizes, generator) for node in bound}
+        sizes = sizes_for(self.classifier.sampler.symbols, region.shape[-2:], length)
         try:
+            values = {node: _random(node, sizes, generator) for node in bound}
             values |= _positions(self.program, sizes)
             old, raised = evaluate(
                 self.program, [region.output, new], values, sizes=sizes, widen=True
@@ -214,10 +213,6 @@ class _Raiser:
             return False
         error = (old.double() - raised.double()).abs().max()
         return bool(error <= _TOLERANCE * old.double().abs().max())
-
-
-def _free(extent: object) -> set[object]:
-    return set(getattr(extent, "free_symbols", ()))
 
 
 def _positions(program: Program, sizes: dict[str, int]) -> dict[fx.Node, Tensor]:
@@ -251,14 +246,14 @@ def _sink_vector(node: fx.Node, heads: Heads) -> fx.Node:
 
 
 def _keep(insert: Inserter, term: Term, heads: Heads) -> fx.Node:
-    x = to_bhsd(insert, term.node, heads, expand=False)
+    x = term_to_bhsd(insert, term.node, term.shape, heads)
     if term.role == "hide":
         return insert.call(aten.logical_not.default, x)
     return insert.call(aten.ne.Scalar, x, 0) if term.role == "gate" else x
 
 
 def _added(insert: Inserter, term: Term, heads: Heads) -> fx.Node:
-    x = to_bhsd(insert, term.node, heads, expand=False)
+    x = term_to_bhsd(insert, term.node, term.shape, heads)
     return x if term.factor == 1.0 else insert.call(aten.mul.Tensor, x, term.factor)
 
 

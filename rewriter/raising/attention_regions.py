@@ -53,7 +53,7 @@ class AttentionRegion:
         output: the node to replace.
         left: queries [*lead, q_len, head_dim]; right: keys, [*lead, head_dim, kv_len] when
             `keys_transposed`, else [*lead, kv_len, head_dim]; values [*lead, kv_len, width].
-        lead: the leading extents of the scores, all but their last two.
+        shape: extents of the scores [*lead, q_len, kv_len].
         scores: what lies between the product and the softmax.
         causal: the operator itself hides later entries.
         anchors: the nodes that make it an attention.
@@ -63,7 +63,7 @@ class AttentionRegion:
     left: fx.Node
     right: fx.Node
     values: fx.Node
-    lead: tuple[Any, ...]
+    shape: tuple[Any, ...]
     scores: Scores
     keys_transposed: bool
     causal: bool = False
@@ -88,16 +88,17 @@ def _fused(node: fx.Node) -> AttentionRegion | Miss:
     scale = arguments["scale"]
     if scale is None:
         scale = 1.0 / math.sqrt(shape_of(query)[-1])
+    shape = (*shape_of(query)[:-1], shape_of(key)[-2])
     mask, terms = arguments["attn_mask"], ()
     if mask is not None:
         role = "keep" if mask.meta["val"].dtype == torch.bool else "add"
-        terms = (Term(mask, role, (*shape_of(query)[:-1], shape_of(key)[-2])),)
+        terms = (Term(mask, role, shape),)
     causal = bool(arguments["is_causal"])
     if causal and shape_of(query)[-2] != shape_of(key)[-2]:
         return Miss.at(node, SUBJECT, "causal attention over keys of another length")
     scores = Scores(node, float(scale), terms=terms)
     return AttentionRegion(
-        node, query, key, value, shape_of(query)[:-2], scores, False, causal, (node,)
+        node, query, key, value, shape, scores, False, causal, (node,)
     )
 
 
@@ -131,7 +132,7 @@ def _region(softmax: fx.Node, node: fx.Node, scores: Scores) -> AttentionRegion:
         left,  # pyright: ignore[reportArgumentType]
         right,  # pyright: ignore[reportArgumentType]
         node.args[1],  # pyright: ignore[reportArgumentType]
-        shape_of(product)[:-2],
+        shape_of(product),
         scores,
         keys_transposed=True,
         anchors=(softmax, product, node),

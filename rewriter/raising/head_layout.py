@@ -15,7 +15,7 @@ from rewriter.raising.evaluate import evaluate
 from rewriter.raising.insertion import Inserter, shape_of
 from rewriter.raising.region import EVALUATION_ERRORS, random_bindings, size_choices
 
-__all__ = ["Heads", "Unsupported", "heads_of", "peel_casts", "peel_repeat", "peel_scale", "to_bhsd"]
+__all__ = ["Heads", "Unsupported", "heads_of", "peel_casts", "peel_repeat", "peel_scale", "term_to_bhsd", "to_bhsd"]
 
 aten = torch.ops.aten
 
@@ -91,18 +91,34 @@ def _split_heads(merged: Any, neighbours: Sequence[fx.Node]) -> Heads:
     return Heads(merged, 1, (merged,))
 
 
-def to_bhsd(insert: Inserter, x: fx.Node, heads: Heads, *, expand: bool = True) -> fx.Node:
+def to_bhsd(insert: Inserter, x: fx.Node, heads: Heads) -> fx.Node:
     """An operand [*lead, rows, columns] as [batch_size, its heads, rows, columns].
 
-    Leading extents of 1 broadcast: one head stays one head, a group of 1 is dropped. With `expand` the
-    batch is never broadcast.
+    Leading extents of 1 broadcast: one head stays one head, a group of 1 is dropped.
     """
+    x = _with_four_dims(insert, x, heads)
+    if shape_of(x)[0] == heads.batch:
+        return x
+    return insert.call(aten.expand.default, x, [insert.size(heads.batch, x), -1, -1, -1])
+
+
+def term_to_bhsd(insert: Inserter, x: fx.Node, shape: Sequence[Any], heads: Heads) -> fx.Node:
+    """What broadcasts to scores of a shape, as something that broadcasts to the scores in bhsd."""
+    lead = tuple(shape[:-2])
+    if len(shape_of(x)) <= 2 or lead == (heads.batch, heads.count):
+        return x
+    if lead == heads.lead:
+        return _with_four_dims(insert, x, heads)
+    x = insert.call(aten.expand.default, x, [insert.size(extent, x) for extent in shape])
+    return insert.reshape(x, (heads.batch, heads.count, *shape[-2:]))
+
+
+def _with_four_dims(insert: Inserter, x: fx.Node, heads: Heads) -> fx.Node:
     lead, last = shape_of(x)[:-2], shape_of(x)[-2:]
     if len(last) < 2:
         raise Unsupported(f"an operand of the scores has shape {shape_of(x)}")
     lead = (*[1] * (len(heads.lead) - len(lead)), *lead)
-    x = insert.reshape(x, (*_batch_and_heads(lead, heads), *last))
-    return _with_batch(insert, x, heads) if expand else x
+    return insert.reshape(x, (*_batch_and_heads(lead, heads), *last))
 
 
 def _batch_and_heads(lead: Sequence[Any], heads: Heads) -> tuple[Any, Any]:
@@ -113,15 +129,6 @@ def _batch_and_heads(lead: Sequence[Any], heads: Heads) -> tuple[Any, Any]:
     if len(lead) == 3 and lead[1] == 1 and lead[2] != 1:
         raise Unsupported("an operand is shared by the heads of different groups")
     return (lead[0], lead[1] if len(lead) == 2 else lead[1] * lead[2])
-
-
-def _with_batch(insert: Inserter, x: fx.Node, heads: Heads) -> fx.Node:
-    """Expand a batch of 1 to the batch of the scores."""
-    shape = shape_of(x)
-    if shape[0] == heads.batch:
-        return x
-    batch = insert.size(heads.batch, x)
-    return insert.call(aten.expand.default, x, [batch, -1, -1, -1])
 
 
 def peel_scale(x: fx.Node, scalar: Any) -> tuple[fx.Node, float]:

@@ -25,7 +25,7 @@ from rewriter.raising.evaluate import (
 from rewriter.raising.position_tables import POSITIONS
 from rewriter.raising.sampled_values import SampledValues
 
-__all__ = ["MASKED", "Lengths", "Sample", "Sampler", "Term"]
+__all__ = ["MASKED", "Lengths", "Sample", "Sampler", "Term", "Unclear", "sizes_for"]
 
 Role = Literal["add", "keep", "hide", "gate"]
 
@@ -37,6 +37,7 @@ _LONGER = 129
 _LARGEST_LITERAL = 1 << 21
 _MOST_LITERALS = 12
 _BATCH = 2
+_FEW_CHANGES = 4
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class Sampler:
         """Names of the inputs other than positions whose values the term depends on."""
         return depends_on(term.node, self.depends) - {POSITIONS}
 
+    def learned(self, term: Term) -> bool:
+        """Whether the term reads a parameter: it is a bias then, whatever its values are now."""
+        tables = [n for n in needed([term.node], {}) if n.op == "get_attr"]
+        return any(isinstance(attribute(self.program, n), torch.nn.Parameter) for n in tables)
+
     def literals(self, terms: Iterable[Term]) -> tuple[int, ...]:
         """Integers that the sub-graphs of the terms spell out, and sizes of the tables they read."""
         found: set[int] = set()
@@ -131,12 +137,12 @@ class Sampler:
     def lengths(self, shape: Sequence[Any], literals: Sequence[int]) -> list[Lengths]:
         """Every length to try for scores of a shape; a single one when the sequence is of fixed length."""
         q_extent, kv_extent = shape[-2:]
-        sequence = [s for s in self.symbols if s in _symbols_of((q_extent, kv_extent))]
+        dynamic = bool(_symbols_of((q_extent, kv_extent)))
         beyond = (c + 2 for c in literals if c > max(_WHOLE))
         tried = {*_WHOLE, _LONGER, *beyond, 2 * max(literals, default=1) + 3}
         out = []
-        for length in sorted(tried) if sequence else [0]:
-            sizes = {s: length if s in sequence else _BATCH for s in self.symbols}
+        for length in sorted(tried) if dynamic else [0]:
+            sizes = sizes_for(self.symbols, shape[-2:], length)
             q_len, kv_len = extent_value(q_extent, sizes), extent_value(kv_extent, sizes)
             out.append(Lengths(sizes, q_len, kv_len, tuple(literals)))
         return out
@@ -205,6 +211,17 @@ class Sampler:
         return random.to(value.device)
 
 
+def sizes_for(symbols: Sequence[str], extents: Sequence[Any], length: int) -> dict[str, int]:
+    """Sizes at which every extent is at least `length`; other symbols are a batch of 2."""
+    own = _symbols_of(extents)
+    value = length
+    while True:
+        sizes = {s: value if s in own else _BATCH for s in symbols}
+        if not own or all(extent_value(e, sizes) >= length for e in extents):
+            return sizes
+        value += max(value // 8, 1)  # extents such as (s - 1) // 4 + 1, after a strided convolution
+
+
 def extent_value(extent: Any, sizes: dict[str, int]) -> int:
     """An integer, or an expression of symbols, at these sizes."""
     if isinstance(extent, int):
@@ -217,11 +234,18 @@ def _symbols_of(extents: Iterable[Any]) -> set[str]:
 
 
 def _table_literals(table: Tensor) -> set[int]:
-    """The numbers of a tiny constant, and a square table's size less what the tried lengths add."""
+    """The numbers of a tiny constant; of a square table its end and the distances where it changes."""
     if table.numel() <= 4 and not table.is_complex():
         return {int(abs(x)) for x in table.flatten().tolist() if x == x and abs(x) < 1e9}
-    square = table.dim() >= 2 and table.shape[-1] == table.shape[-2]
-    return {table.shape[-1] - 2, (table.shape[-1] - 3) // 2} if square else set()
+    size = table.shape[-1]
+    if table.dim() < 2 or table.shape[-2] != size:
+        return set()
+    first = table.reshape(-1, size, size)[0]
+    found = {size - 2, (size - 3) // 2}
+    for row in (0, size - 1):
+        changes = (first[row, 1:] != first[row, :-1]).nonzero().flatten().tolist()
+        found |= {abs(row - c) for c in changes} if len(changes) <= _FEW_CHANGES else set()
+    return found
 
 
 def _collect(value: Any, found: set[int]) -> Any:

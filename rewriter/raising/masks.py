@@ -44,7 +44,8 @@ class MaskStructure:
     def __str__(self) -> str:
         if self.misses:
             return "other"
-        return f"{self.kind}({self.span})" if self.span else self.kind
+        kind = f"{self.kind}({self.span})" if self.span else self.kind
+        return f"{kind}+bias" if self.bias else kind
 
 
 @dataclass
@@ -89,14 +90,15 @@ class Classifier:
         slopes: Tensor | None = None
         for term in clear:
             samples = [meanings[term].samples[i] for i in used]
-            if all(sample.added is None for sample in samples):
+            learned = self.sampler.learned(term)
+            if not learned and all(sample.added is None for sample in samples):
                 continue
-            own = alibi_slopes(samples, num_heads)
+            own = None if learned else alibi_slopes(samples, num_heads)
             if own is None:
                 tensors.append(term)
             else:
                 slopes = own if slopes is None else slopes + own
-        joint = [_joint([meanings[t].samples[i] for t in clear], lengths[i], causal) for i in used]
+        joint = [_joint([meanings[t].samples[i] for t in clear], causal) for i in used if clear]
         rule = classify(joint, literals) if joint else (("causal" if causal else "full"), 0)
         if rule is None:
             structural = [t for t in clear if t not in tensors]
@@ -150,7 +152,7 @@ def _hides_nothing(meaning: _Meaning) -> bool:
     return all(bool(sample.keep.all()) for sample in meaning.samples.values())
 
 
-def _joint(samples: Sequence[Sample], lengths: Lengths, causal: bool) -> Sample:
+def _joint(samples: Sequence[Sample], causal: bool) -> Sample:
     """What all terms together leave visible."""
     keep = samples[0].keep
     for sample in samples[1:]:

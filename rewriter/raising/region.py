@@ -1,4 +1,4 @@
-"""A region of a graph under test: compare it with a hypothesis on random values, replace it, name it.
+"""A region under test: compare it with a hypothesis on random values, replace it, name it.
 
 Regions are compared twice: widened to fp32, where two functions that differ cannot hide behind
 rounding, and in the model's own dtype, where the order of casts shows.
@@ -27,7 +27,7 @@ __all__ = [
 
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
-    torch.float32: 4e-6,  # a few roundings of another order; a wrong formula is off by 1e-3 and more
+    torch.float32: 4e-6,  # roundings of another order; a wrong formula is off by 1e-3 and more
     torch.bfloat16: 2**-7,  # one unit in the last place
     torch.float16: 2**-10,
 }
@@ -35,7 +35,7 @@ TOLERANCES: dict[torch.dtype, float] = {
 
 _EXTENTS = ((2, 5, 3, 4), (3, 7, 2, 5))
 EVALUATION_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
-"""What running a region on a wrong hypothesis can raise: shapes that do not fit, unbound symbols."""
+"""What running a wrong hypothesis can raise: shapes that do not fit, unbound symbols."""
 
 
 def size_choices(nodes: Iterable[fx.Node]) -> list[dict[str, int]]:
@@ -84,7 +84,7 @@ def agrees(
 
     Args:
         inputs: nodes that get random values; everything else `output` needs must follow from them.
-        hypothesis: from the values of `inputs` (and of the weights it names) to the expected output.
+        hypothesis: from the values of `inputs` to the expected output.
         sizes: extents of the symbols, one trial each.
         rows: compare as matrices of the last dimension, however the rows are arranged.
         exact: in the model's own dtype every bit has to agree.
@@ -107,7 +107,7 @@ def agrees(
 
 
 def strictness(nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
-    """Values of `exact` to try in turn: in 16 bits the order of casts is worth a search for equal bits."""
+    """Values of `exact` to try in turn: in 16 bits, first look for an order of casts with equal bits."""
     return (True, False) if any(_is_narrow(node) for node in nodes) else (False,)
 
 
@@ -162,7 +162,7 @@ def replace_by(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> fx.Node:
-    """Put a call in the place of `old`, with its metadata; `old` is left to dead-code elimination."""
+    """Put a call in the place of `old`, with its metadata; dead-code elimination removes `old`."""
     with program.graph.inserting_before(old):
         new = program.graph.call_function(target, args, kwargs)
     new.meta = {**old.meta, "raised_from": old.name}

@@ -24,6 +24,7 @@ Index = tuple[Tensor, ...]
 """For each dimension the indices wanted; the value is taken at their product."""
 
 _SMALL = 1 << 16
+_AFFORDABLE = 1 << 21
 _FIRST = torch.zeros(1, dtype=torch.int64)
 
 _POINTWISE = frozenset(
@@ -103,7 +104,16 @@ class SampledValues:
             return self._triangle(node, index)
         if node.target is aten.index.Tensor:
             return self._gather(node, index)
-        raise UnsupportedSample(node)
+        if node.target is aten.embedding.default:
+            rows = self.at(node.args[1], index[:-1])  # pyright: ignore[reportArgumentType]
+            return self.whole(node.args[0])[rows].index_select(-1, index[-1])  # pyright: ignore
+        return self._by_force(node, index)
+
+    def _by_force(self, node: fx.Node, index: Index) -> Tensor:
+        """An operator that is not understood: make the whole tensor if that is affordable."""
+        if torch.Size(concrete_shape(node, self.sizes)).numel() > _AFFORDABLE:
+            raise UnsupportedSample(node)
+        return _select(self.whole(node), index)
 
     def _operand(self, value: Any, index: Index) -> Any:
         """An operand of a pointwise operator, its dimensions aligned with the result's."""
@@ -140,7 +150,7 @@ class SampledValues:
         args = [self._scalar(a) if isinstance(a, fx.Node) else a for a in node.args[1:]]
         wanted = rule(index, before, after, *args)
         if wanted is None:
-            raise UnsupportedSample(node)
+            return self._by_force(node, index)
         return _as_viewed(node, self.at(source, wanted), [len(i) for i in index])
 
     def _triangle(self, node: fx.Node, index: Index) -> Tensor:
@@ -154,7 +164,7 @@ class SampledValues:
     def _gather(self, node: fx.Node, index: Index) -> Tensor:
         source, places = node.args[0], node.args[1]
         if any(p is None for p in places) or len(places) != len(self._shape(source)):  # pyright: ignore
-            raise UnsupportedSample(node)
+            return self._by_force(node, index)
         return self.whole(source)[tuple(self._operand(p, index) for p in places)]  # pyright: ignore
 
 
