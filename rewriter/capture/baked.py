@@ -55,14 +55,20 @@ def describe_inputs(
     for name, value in values.items():
         dims: list[Dim] = []
         for dim, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt):
+            fixed = _fixed(size)
+            if fixed is None:
                 dims.append(_dim_name(size, dim, name, names))
                 continue
-            dims.append(int(size))
-            why = _why(name, dim, int(size), value, asked, wanted) or reason
-            described.baked.append(BakedDim(name, dim, int(size), why))
+            dims.append(fixed)
+            why = _why(name, dim, fixed, value, asked, wanted) or reason
+            described.baked.append(BakedDim(name, dim, fixed, why))
         described.inputs.append(InputSpec(name, value.dtype, tuple(dims)))
     return described
+
+
+def _fixed(size: int | torch.SymInt) -> int | None:
+    """The size a dimension was fixed at, also where its symbol was fixed later; None if dynamic."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
 
 
 def _dim_name(size: torch.SymInt, dim: int, tensor: str, names: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.capture.module import capture
+from rewriter.capture.shadow import shadow
 from rewriter.errors import CaptureError
 from rewriter.program import Program
 
@@ -48,6 +49,8 @@ def capture_causal_lm(model: PreTrainedModel) -> Program:
         raise CaptureError(f"{type(model).__name__} is not a Hugging Face causal language model")
     limit = max_positions(model)
     example = _example(model, min(_SEQ, limit or _SEQ))
+    if not _counts_from_zero(model, example):
+        del example["position_ids"]
     program = capture(model, example, name=str(model.config.model_type))
     program.meta |= {"kind": "causal_lm", "config": model.config, "max_positions": limit}
     return program
@@ -63,7 +66,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def _example(model: PreTrainedModel, seq: int) -> dict[str, Any]:
     """Example arguments of forward, in its order of parameters."""
     device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(_BATCH_SIZE, seq, dtype=torch.int64, device=device)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(_BATCH_SIZE * seq, device=device).view(_BATCH_SIZE, seq) % vocab_size
     positions = torch.arange(seq, device=device).expand(_BATCH_SIZE, seq).contiguous()
     example: dict[str, Tensor | bool] = {"input_ids": ids}
     if _takes(model, "position_ids"):
@@ -71,6 +75,20 @@ def _example(model: PreTrainedModel, seq: int) -> dict[str, Any]:
     if _takes(model, "use_cache"):
         example["use_cache"] = False
     return example
+
+
+def _counts_from_zero(model: PreTrainedModel, example: dict[str, Any]) -> bool:
+    """Whether positions 0, 1, 2, ... given explicitly are what the model takes by itself.
+
+    Where they are not (some count from the padding index on), the trace keeps the model's own.
+    """
+    if "position_ids" not in example:
+        return True
+    without = {name: value for name, value in example.items() if name != "position_ids"}
+    probe = shadow(model)
+    with torch.no_grad():
+        given, own = probe(**example).logits, probe(**without).logits
+    return torch.allclose(given, own, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:

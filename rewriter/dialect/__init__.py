@@ -1,4 +1,4 @@
-"""The semantic operators a graph is raised to, each a `torch.library` op in namespace `rewriter`."""
+"""The semantic operators a graph is raised to: `torch.library` ops in namespace `rewriter`."""
 
 from rewriter.dialect.attention import attention
 from rewriter.dialect.grouped import grouped_attention

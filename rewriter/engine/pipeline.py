@@ -10,12 +10,12 @@ from torch import fx
 
 from rewriter.engine.invariants import check_program, check_replacement
 from rewriter.engine.miss import Miss
-from rewriter.engine.rewrite_pass import RewritePass
+from rewriter.engine.rewrite_pass import Fidelity, RewritePass
 from rewriter.engine.site import Site, sites
 from rewriter.errors import ConfigError, RewriteError
 from rewriter.program import Program
 
-__all__ = ["Applied", "PipelineResult", "Stage", "apply_passes", "check_conflicts"]
+__all__ = ["Applied", "PipelineResult", "Stage", "apply_passes", "check_conflicts", "ordered"]
 
 Setting = Callable[[RewritePass, Any], RewritePass]
 """Which knobs to use at a site, from the pass asked for and the facts found there."""
@@ -90,7 +90,7 @@ def apply_passes(
     """
     check_conflicts(passes)
     result = PipelineResult(program.clone())
-    for rewrite in passes:
+    for rewrite in ordered(passes):
         before = result.program.code if keep_code else ""
         _apply(result, rewrite, excluded, setting)
         if keep_code and result.program.code != before:
@@ -98,6 +98,11 @@ def apply_passes(
     result.program.prune_inputs()
     result.program.module.recompile()
     return result
+
+
+def ordered(passes: Sequence[RewritePass]) -> list[RewritePass]:
+    """Approximate passes first, otherwise as given: they match meaning, the others spell it anew."""
+    return sorted(passes, key=lambda p: p.fidelity is not Fidelity.APPROXIMATE)
 
 
 def check_conflicts(passes: Sequence[RewritePass]) -> None:
@@ -121,6 +126,9 @@ def _apply(
     setting: Setting | None,
 ) -> None:
     """One pass on all its sites; a site where it fails is left out and the pass run again."""
+    if not sites(result.program, rewrite.anchor):
+        result.misses.append(Miss(rewrite.name, f"the program has no {rewrite.anchor}"))
+        return
     saved, spec = result.program.clone(), str(rewrite)
     while True:
         done = PipelineResult(result.program)

@@ -20,7 +20,7 @@ from rewriter.report.report import Coverage
 __all__ = ["RaiseResult", "raise_program"]
 
 _STAGES = (raise_norm, raise_rope, raise_mlp, raise_moe, raise_projections)
-"""After attention, in this order: rotations are searched between projections or norms and attention."""
+"""After attention, in this order: rotations are searched between projections and attention."""
 
 _OPERATORS = {
     "raise-norm": ("rms_norm", "layer_norm"),

@@ -7,6 +7,7 @@ random queries, keys and values, and only if they agree does the graph use the n
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +21,6 @@ from rewriter.raising.head_layout import (
     Unsupported,
     heads_of,
     peel_casts,
-    peel_repeat,
     peel_scale,
     term_to_bhsd,
     to_bhsd,
@@ -30,6 +30,7 @@ from rewriter.raising.mask_samples import Term, sizes_for
 from rewriter.raising.masks import Classifier, MaskStructure
 from rewriter.raising.position_tables import POSITIONS, random_positions
 from rewriter.raising.region import EVALUATION_ERRORS, region_key
+from rewriter.raising.repeated_heads import first_of_groups, peel_repeat
 from rewriter.raising.score_walk import Walk
 from rewriter.report.report import Coverage
 
@@ -138,11 +139,16 @@ class _Raiser:
         k, second = peel_scale(k, self.walk.scalar)
         return k, factor * second
 
-    def _peel(self, insert: Inserter, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    def _peel(self, insert: Inserter, k: fx.Node, v: fx.Node) -> tuple[Any, Any]:
         """Keys and values before their heads were repeated, when both were repeated alike."""
-        peeled = peel_repeat(self.program, insert, k), peel_repeat(self.program, insert, v)
-        if shape_of(peeled[0])[1] == shape_of(peeled[1])[1]:
-            return peeled
+        peeled = [peel_repeat(self.program, insert, x) for x in (k, v)]
+        fewest = min(shape_of(x)[1] for x in peeled)
+        groups = [
+            x if shape_of(x)[1] == fewest else first_of_groups(self.program, insert, x, fewest)
+            for x in peeled
+        ]
+        if all(x is not None for x in groups):
+            return groups[0], groups[1]
         if shape_of(k)[1] != shape_of(v)[1]:
             raise Unsupported("keys and values have different numbers of heads")
         return k, v
@@ -197,7 +203,12 @@ class _Raiser:
         return bool(depends_on(node, self.walk.depends) - {POSITIONS})
 
     def _agrees_at(
-        self, region: AttentionRegion, new: fx.Node, bound: Sequence[fx.Node], length: int, seed: int
+        self,
+        region: AttentionRegion,
+        new: fx.Node,
+        bound: Sequence[fx.Node],
+        length: int,
+        seed: int,
     ) -> bool:
         generator = torch.Generator().manual_seed(seed)
         sizes = sizes_for(self.classifier.sampler.symbols, region.shape[-2:], length)
@@ -237,7 +248,12 @@ def _neighbours(region: AttentionRegion) -> tuple[fx.Node, ...]:
 
 def _sink_vector(node: fx.Node, heads: Heads) -> fx.Node:
     """The [num_heads] tensor whose views a column of sink logits is."""
-    views = (aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten._to_copy.default)
+    views = (
+        aten.reshape.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten._to_copy.default,
+    )
     while shape_of(node) != (heads.count,):
         if node.target not in views:
             raise Unsupported("the column of sink logits is not one logit per head")

@@ -97,9 +97,7 @@ def _fused(node: fx.Node) -> AttentionRegion | Miss:
     if causal and shape_of(query)[-2] != shape_of(key)[-2]:
         return Miss.at(node, SUBJECT, "causal attention over keys of another length")
     scores = Scores(node, float(scale), terms=terms)
-    return AttentionRegion(
-        node, query, key, value, shape, scores, False, causal, (node,)
-    )
+    return AttentionRegion(node, query, key, value, shape, scores, False, causal, (node,))
 
 
 def _explicit(walk: Walk, softmax: fx.Node) -> Iterator[AttentionRegion | Miss]:
@@ -166,7 +164,9 @@ def _has_product(walk: Walk, softmax: fx.Node) -> bool:
             if operand in seen or shape_of(operand)[-1:] != shape_of(softmax)[-1:]:
                 continue
             seen.add(operand)
-            if operand.target in PRODUCTS and all(walk.data_dependent(a) for a in operand.args[-2:]):
+            if operand.target in PRODUCTS and all(
+                walk.data_dependent(a) for a in operand.args[-2:]
+            ):
                 return True
             frontier.append(operand)
     return False

@@ -43,7 +43,9 @@ def _lower(program: Program, node: fx.Node, equation: str, operands: list[fx.Nod
         return
     insert = Inserter(program, node)
     first = insert.permute(operands[0], _order(left, labels.batch + labels.row + labels.contracted))
-    second = insert.permute(operands[1], _order(right, labels.batch + labels.contracted + labels.column))
+    second = insert.permute(
+        operands[1], _order(right, labels.batch + labels.contracted + labels.column)
+    )
     product = insert.call(aten.matmul.default, first, second)
     product = insert.permute(product, _order(labels.batch + labels.row + labels.column, out))
     node.replace_all_uses_with(product)

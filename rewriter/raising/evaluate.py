@@ -1,8 +1,8 @@
 """Run a part of a graph on chosen values: how recognisers decide what a region means.
 
-Only the ancestors of the wanted nodes run, and only up to nodes whose value is given. Sizes are not
-values: `sym_size` and constructors such as `zeros_like` need no data, only the extents, which are read
-off the bound tensors or given by symbol.
+Only the ancestors of the wanted nodes run, and only up to nodes whose value is given. Sizes are
+not values: `sym_size` and constructors such as `zeros_like` need no data, only the extents, which
+are read off the bound tensors or given by symbol.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def needed(nodes: Sequence[fx.Node], bound: Mapping[fx.Node, Any]) -> list[fx.No
 
 
 def _operands(node: fx.Node, bound: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """Operands that have to run; a shape-only operator does not need its tensor unless it is bound."""
+    """Operands that have to run; a shape-only operator needs its tensor only if it is bound."""
     if node.target not in SHAPE_ONLY:
         return node.all_input_nodes
     source = node.args[0]
@@ -234,7 +234,7 @@ def concrete_shape(node: fx.Node, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def random_value(node: fx.Node, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
-    """A random tensor of the node's dtype and concrete shape; integers are small and not negative."""
+    """A random tensor of the node's dtype and concrete shape; integers are small, not negative."""
     value = node.meta["val"]
     shape = concrete_shape(node, sizes)
     if value.dtype.is_floating_point or value.dtype.is_complex:

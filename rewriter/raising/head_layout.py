@@ -1,41 +1,27 @@
-"""Bring the operands of an attention to bhsd, and find keys and values before they were repeated."""
+"""Bring the operands of an attention to bhsd, and take constants and casts off them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from rewriter.dialect.attention import repeat_kv
-from rewriter.program import Program
-from rewriter.raising.evaluate import evaluate
 from rewriter.raising.insertion import Inserter, shape_of
-from rewriter.raising.region import EVALUATION_ERRORS, random_bindings, size_choices
 
-__all__ = ["Heads", "Unsupported", "heads_of", "peel_casts", "peel_repeat", "peel_scale", "term_to_bhsd", "to_bhsd"]
+__all__ = [
+    "Heads",
+    "Unsupported",
+    "heads_of",
+    "peel_casts",
+    "peel_scale",
+    "term_to_bhsd",
+    "to_bhsd",
+]
 
 aten = torch.ops.aten
-
-_COPYING = frozenset(
-    {
-        aten.reshape.default,
-        aten.expand.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.clone.default,
-        aten.repeat.default,
-        aten.repeat_interleave.self_int,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.index_select.default,
-        aten.slice.Tensor,
-        aten.select.int,
-    }
-)
-_LONGEST_CHAIN = 10
 
 
 class Unsupported(Exception):
@@ -151,75 +137,3 @@ def peel_casts(x: fx.Node, dtype: torch.dtype) -> fx.Node:
     while x.meta["val"].dtype != dtype and x.target in (aten._to_copy.default, aten.to.dtype):
         x = x.args[0]  # pyright: ignore[reportAssignmentType]
     return x
-
-
-def peel_repeat(program: Program, insert: Inserter, x: fx.Node) -> fx.Node:
-    """bhsd keys or values with as few heads as give x when each is repeated; x when it is no repeat.
-
-    A chain of views and copies is followed back; a tensor in it counts when repeating its heads gives
-    x on random values, so a repeat in another order of heads is left alone.
-    """
-    best: Reading | None = None
-    for source in _chain(x):
-        for reading in _readings(source, x):
-            fewer = best is None or reading.shape[1] < best.shape[1]
-            if fewer and _repeats(program, reading, x):
-                best = reading
-    return x if best is None else best.insert(insert)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A tensor read as bhsd: its shape with extra ones dropped, heads and sequence perhaps swapped."""
-
-    source: fx.Node
-    shape: tuple[Any, ...]  # bhsd
-    swapped: bool
-
-    @property
-    def own_shape(self) -> tuple[Any, ...]:
-        """The shape before heads and sequence are swapped."""
-        batch, heads, seq, width = self.shape
-        return (batch, seq, heads, width) if self.swapped else self.shape
-
-    def insert(self, insert: Inserter) -> fx.Node:
-        """The reading as nodes."""
-        node = insert.reshape(self.source, self.own_shape)
-        return insert.transpose(node, 1, 2) if self.swapped else node
-
-
-def _chain(x: fx.Node) -> Iterator[fx.Node]:
-    """Ancestors of x through operators that only move or copy entries of their first operand."""
-    for _ in range(_LONGEST_CHAIN):
-        if x.target not in _COPYING:
-            return
-        x = x.args[0]  # pyright: ignore[reportAssignmentType]
-        yield x
-
-
-def _readings(source: fx.Node, x: fx.Node) -> Iterator[Reading]:
-    """Ways to read a tensor as keys or values with fewer heads than x."""
-    batch, heads, seq, width = shape_of(x)
-    have = [extent for extent in shape_of(source) if extent != 1]
-    for count in (c for c in range(1, heads) if heads % c == 0):
-        for swapped in (False, True):
-            reading = Reading(source, (batch, count, seq, width), swapped)
-            if have == [extent for extent in reading.own_shape if extent != 1]:
-                yield reading
-
-
-def _repeats(program: Program, reading: Reading, x: fx.Node) -> bool:
-    """Whether repeating the heads of a reading gives x, tried on random values."""
-    for seed, sizes in enumerate(size_choices([reading.source, x])):
-        bound = random_bindings([reading.source], sizes, seed)
-        try:
-            (actual,) = evaluate(program, [x], bound, sizes=sizes)
-        except EVALUATION_ERRORS:
-            return False
-        batch, heads, seq, width = actual.shape
-        own = [reading.shape[1], seq] if not reading.swapped else [seq, reading.shape[1]]
-        peeled = bound[reading.source].reshape(batch, *own, width)
-        peeled = peeled.transpose(1, 2) if reading.swapped else peeled
-        if not torch.equal(repeat_kv(peeled, heads), actual):
-            return False
-    return True

@@ -45,7 +45,9 @@ class Inserter:
     ) -> fx.Node:
         with self.program.graph.inserting_before(self.before):
             node = self.program.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in self.before.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta = {
+            k: v for k, v in self.before.meta.items() if k in ("stack_trace", "nn_module_stack")
+        }
         node.meta["raised_from"] = self.before.name
         node.meta["val"] = self._fake_result(node) if value is None else value
         self.inserted.append(node)

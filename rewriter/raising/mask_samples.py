@@ -206,7 +206,9 @@ class Sampler:
         generator = torch.Generator().manual_seed(seed)
         random = random_value(node, sizes, generator)
         if value.dtype == torch.int64 and self.spelled:  # such as the token that stands for padding
-            choices = torch.tensor(self.spelled)[torch.randint(len(self.spelled), shape, generator=generator)]
+            choices = torch.tensor(self.spelled)[
+                torch.randint(len(self.spelled), shape, generator=generator)
+            ]
             random = torch.where(torch.rand(shape, generator=generator) < 0.3, choices, random)
         return random.to(value.device)
 

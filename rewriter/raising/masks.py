@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from rewriter.dialect.attention import visible
 from rewriter.engine.miss import Miss
@@ -63,7 +63,9 @@ class Classifier:
         self.program, self.sampler = program, Sampler(program)
         self.known: dict[object, MaskStructure] = {}
 
-    def describe(self, terms: Sequence[Term], num_heads: int, *, causal: bool = False) -> MaskStructure:
+    def describe(
+        self, terms: Sequence[Term], num_heads: int, *, causal: bool = False
+    ) -> MaskStructure:
         """The meaning of all terms together.
 
         Args:
@@ -83,7 +85,8 @@ class Classifier:
         meanings = {term: self._meaning(term, lengths, num_heads) for term in terms}
         tensors = [t for t in terms if meanings[t].reason]
         misses = [
-            Miss.at(t.node, "raise-mask", f"{meanings[t].reason}; it stays a tensor") for t in tensors
+            Miss.at(t.node, "raise-mask", f"{meanings[t].reason}; it stays a tensor")
+            for t in tensors
         ]
         clear = [t for t in terms if t not in tensors]
         used = [i for i in range(len(lengths)) if all(i in meanings[t].samples for t in clear)]
@@ -103,7 +106,9 @@ class Classifier:
         if rule is None:
             structural = [t for t in clear if t not in tensors]
             reason = "the mask follows none of the known rules; it stays a tensor"
-            misses.append(Miss.at(structural[0].node if structural else terms[0].node, "raise-mask", reason))
+            misses.append(
+                Miss.at(structural[0].node if structural else terms[0].node, "raise-mask", reason)
+            )
             hiding = [t for t in structural if not _hides_nothing(meanings[t])]
             return MaskStructure(
                 "causal" if causal else "full", 0, slopes, (*tensors, *hiding), tuple(misses)
@@ -117,7 +122,9 @@ class Classifier:
             try:
                 meaning.samples[i] = self.sampler.sample(term, length, num_heads)
                 if content and not self._constant(term, length, num_heads, meaning.samples[i]):
-                    meaning.reason = f"the mask depends on the values of {', '.join(sorted(content))}"
+                    meaning.reason = (
+                        f"the mask depends on the values of {', '.join(sorted(content))}"
+                    )
             except Unclear:
                 meaning.reason = "the mask is not the same for every row of the batch"
             except UnsupportedSample as error:

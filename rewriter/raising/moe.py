@@ -1,9 +1,9 @@
 """Raise mixtures of experts: from routed tokens to the weighted sum of their experts' outputs.
 
-The anchor is a sum over the experts of a token. Walking back ends at matrices with a row per token: the
-tokens x, the experts chosen (integers) and their weights; in between are gathers, sorts and products
-with stacked weights, spelled in several ways. The region is a mixture when it equals the dialect
-operator on random tokens, random choices and random weights.
+The anchor is a sum over the experts of a token. Walking back ends at matrices with a row per token:
+the tokens x, the experts chosen (integers) and their weights; in between are gathers, sorts and
+products with stacked weights, spelled in several ways. The region is a mixture when it equals the
+dialect operator on random tokens, random choices and random weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PRODUCTS = frozenset({"bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"
 
 @dataclass
 class Region:
-    """A candidate: `output` from the tokens, the choice, its weights and the experts' parameters."""
+    """A candidate: `output` from tokens, choice, its weights and the experts' parameters."""
 
     output: fx.Node
     tokens: fx.Node
@@ -64,7 +64,7 @@ class Recipe:
 
 
 def raise_moe(program: Program) -> list[Miss]:
-    """Replace expert blocks by `rewriter::moe`; what is left of products with stacked weights is a miss."""
+    """Replace expert blocks by `rewriter::moe`; other products with stacked weights are misses."""
     depends: dict[fx.Node, frozenset[str]] = {}
     recipes: dict[Hashable, Recipe | None] = {}
     for node in program.calls(aten.sum.dim_IntList):
@@ -189,7 +189,7 @@ def _find(program: Program, region: Region) -> Recipe | None:
 
 
 def _parameter_values(program: Program, region: Region, seed: int) -> dict[fx.Node, Tensor]:
-    """Random weights, which hide nothing; the model's own where random ones would take much memory."""
+    """Random weights, which hide nothing; the model's own where those would take much memory."""
     if sum(p.meta["val"].numel() for p in region.parameters) <= _MOST_RANDOM:
         return random_bindings(region.parameters, {}, seed)
     return {parameter: attribute(program, parameter) for parameter in region.parameters}

@@ -1,8 +1,9 @@
 """Raise RMS and layer normalisation, however they are spelled.
 
-The anchor is a reciprocal square root. Walking back from it over pointwise operators and means gives
-candidates for the input x, walking forward over what x, the root and weights determine gives candidates
-for the output y. A pair is a norm when y equals the dialect operator on random x and random weights.
+The anchor is a reciprocal square root. Walking back from it over pointwise operators and means
+gives candidates for the input x, walking forward over what x, the root and weights determine gives
+candidates for the output y. A pair is a norm when y equals the dialect operator on random x and
+random weights.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _back(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> list[fx.Node
 
 
 def _find(program: Program, region: Region) -> Recipe | None:
-    """The pair that covers most: the latest y that leaves nothing used before it, the earliest x."""
+    """The pair that covers most: the latest y with nothing used before it, the earliest x."""
     outputs = sorted(range(region.roots, len(region.nodes)), key=lambda y: (_sealed(region, y), y))
     for y in reversed(outputs):
         for x in range(region.roots):

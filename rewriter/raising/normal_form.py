@@ -32,10 +32,14 @@ _ALIASES = frozenset({aten.alias.default, aten.detach.default, aten.detach_.defa
 _SHAPE_KEEPING = frozenset(
     {aten.expand.default, aten.slice.Tensor, aten.reshape.default, aten.view_as.default}
 )
-_CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default})
+_CASTS = frozenset(
+    {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default}
+)
 _ONE_IS_NEUTRAL = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 _ZERO_IS_NEUTRAL = frozenset({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar})
-_SYMBOLIC = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem})
+_SYMBOLIC = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem}
+)
 
 
 def normalize(program: Program) -> None:
@@ -145,7 +149,7 @@ def _neutral(node: fx.Node) -> fx.Node | None:
     if isinstance(other, bool) or not isinstance(other, int | float):
         return None
     one, zero = node.target in _ONE_IS_NEUTRAL, node.target in _ZERO_IS_NEUTRAL
-    if not (one and other == 1 or zero and other == 0):
+    if not ((one and other == 1) or (zero and other == 0)):
         return None
     return source if _same_type(node, source) else None
 

@@ -1,4 +1,4 @@
-"""Sub-graphs that depend on positions alone: find them, run them on random positions, clone them."""
+"""Sub-graphs that depend on positions alone: find, run on random positions, clone."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def clone_positions(
 ) -> list[fx.Node]:
     """Copies of `nodes` (tables) computed at other positions.
 
-    Extents that the sub-graph reads off its inputs follow the new positions: batch size and length of
-    `[batch_size, n]` may differ from the ones the program was captured with.
+    Extents that the sub-graph reads off its inputs follow the new positions: batch size and length
+    of `[batch_size, n]` may differ from those of the program's inputs.
 
     Args:
         nodes: what to compute again; each depends on positions only.
-        positions: `{the positions placeholder: node with the new positions, int64 [batch_size, n]}`.
+        positions: `{the positions placeholder: node with the new ones, int64 [batch_size, n]}`.
         before: where the copies are inserted; the new positions must come before it.
 
     Returns:

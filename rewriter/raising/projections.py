@@ -1,7 +1,7 @@
 """Say where an attention's q, k and v come from: one fused projection, separate ones, or none.
 
-Nothing is replaced: a fused projection with slices is already the cheapest form. Passes and the report
-read the annotation.
+Nothing is replaced: a fused projection with slices is already the cheapest form. Passes and the
+report read the annotation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LARGEST = 200
 
 
 def raise_projections(program: Program) -> list[Miss]:
-    """Set `meta["projection"]` of every attention: `fused_qkv`, `fused_kv`, `separate` or `other`."""
+    """Set `meta["projection"]` of attentions: `fused_qkv`, `fused_kv`, `separate` or `other`."""
     for node in program.calls(torch.ops.rewriter.attention.default):
         node.meta["projection"] = projection_kind(node)
     return []

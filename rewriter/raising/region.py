@@ -107,7 +107,7 @@ def agrees(
 
 
 def strictness(nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
-    """Values of `exact` to try in turn: in 16 bits, first look for an order of casts with equal bits."""
+    """Values of `exact` to try in turn: in 16 bits, look for an order of casts with equal bits."""
     return (True, False) if any(_is_narrow(node) for node in nodes) else (False,)
 
 

@@ -29,7 +29,9 @@ _RESHAPES = frozenset(
     {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.view.default}
 )
 _PASSED = _CASTS | _RESHAPES
-_FLOORS = frozenset({aten.maximum.default, aten.clamp.default, aten.clamp_min.default, aten.max.other})
+_FLOORS = frozenset(
+    {aten.maximum.default, aten.clamp.default, aten.clamp_min.default, aten.max.other}
+)
 _LONGEST_WALK = 40
 _TOO_EARLY = "scores are masked or added to before their soft-cap or scaling"
 
@@ -122,7 +124,9 @@ class Walk:
             fake = attribute(self.program, node)
         if isinstance(fake, torch.SymInt | torch.SymFloat):
             return None
-        if isinstance(fake, Tensor) and (any(e != 1 for e in fake.shape) or self.data_dependent(node)):
+        if isinstance(fake, Tensor) and (
+            any(e != 1 for e in fake.shape) or self.data_dependent(node)
+        ):
             return None
         if self.data_dependent(node):
             return None
@@ -242,7 +246,9 @@ class Walk:
             return Unknown(node, _TOO_EARLY)
         low = self.scalar(node.args[2])
         if low is None or low * scores.scale > MASKED:
-            return Unknown(node, "scores are filled with something other than a very negative constant")
+            return Unknown(
+                node, "scores are filled with something other than a very negative constant"
+            )
         term = Term(node.args[1], "hide", shape_of(node))  # pyright: ignore[reportArgumentType]
         return self.back(node.args[0], replace(scores, terms=(*scores.terms, term)))
 
@@ -254,7 +260,9 @@ class Walk:
             return Unknown(node, "scores are concatenated with something")
         x, sinks = parts  # pyright: ignore[reportGeneralTypeIssues]
         if shape_of(sinks)[-1] != 1 or self.data_dependent(sinks):
-            return Unknown(node, "scores are concatenated with something that is no column of logits")
+            return Unknown(
+                node, "scores are concatenated with something that is no column of logits"
+            )
         return self.back(x, replace(scores, sinks=sinks))
 
 

@@ -37,7 +37,7 @@ SIZES = {
 
 
 def model_of(family: str, **changes: Any) -> PreTrainedModel:
-    """A tiny model of a Hugging Face family with random weights, large enough to tell positions apart."""
+    """A tiny model of a family, its random weights large enough to tell positions apart."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SIZES, **changes})
     config._attn_implementation = "eager"

@@ -12,8 +12,8 @@ __all__ = ["SlowLlama"]
 class SlowLlama:
     """Reads the weights of a Hugging Face Llama and nothing else of it; float64.
 
-    `kept[layer]` is a pair of tensors [n, num_kv_heads, head_dim]: keys before their rotation and values,
-    sinks first, then the recent ones in order; a key's place among them is its position.
+    `kept[layer]` is a pair of tensors [n, num_kv_heads, head_dim]: keys before their rotation and
+    values, sinks first, then the recent ones in order; a key's place among them is its position.
     """
 
     def __init__(self, model: nn.Module, num_sink_tokens: int, recent_window: int) -> None:

@@ -1,4 +1,4 @@
-"""StreamingLLM attention said slowly: one token at a time, a list of kept entries, rotated by rank."""
+"""StreamingLLM attention said slowly: one token at a time, a list of entries, rotated by rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""streaming-llm on whole models: exact with everything kept, and like the slow reference without."""
+"""streaming-llm on whole models: exact with everything kept, else like the slow reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ TOKENS = torch.arange(40).remainder(61).view(1, 40)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},  # q and k are normalised before they turn
-    "mistral": {"sliding_window": 9},
     "gemma2": {"sliding_window": 9},  # soft-cap, window on every other layer
     "gpt_oss": {"sliding_window": 9, "num_local_experts": 2, "num_experts_per_tok": 1},  # sinks
     "gpt_neox": {"rotary_pct": 0.5},  # partial rotation

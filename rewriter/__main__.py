@@ -1,0 +1,6 @@
+"""`python -m rewriter`."""
+
+from rewriter.cli.main import main
+
+if __name__ == "__main__":
+    main()

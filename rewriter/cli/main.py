@@ -1,0 +1,223 @@
+"""`rewriter`: the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from rewriter.cli.console import FAILED, guarded, out, stages, write_json
+from rewriter.cli.generation import generate_text
+from rewriter.errors import ConfigError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rewriter",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Optimise PyTorch models by rewriting their graphs, and check every rewrite.\n\n"
+    "MODEL is a Hugging Face directory, a .pt2 of torch.export, or package.module:factory.\n\n"
+    "Exit codes: 0 done, 1 verification failed, 2 bad usage or input, 3 a defect of ours, "
+    "130 interrupted.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hugging Face directory, .pt2, or package.module:factory")]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option("--passes", "-p", help="pass spec, e.g. 'streaming-llm{recent_window=252}'; repeat"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option("--input-shape", help="of a plain module's fp32 input, e.g. 1x3x224x224; repeat"),
+]
+
+
+@app.command()
+def passes(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the passes, what they promise, and their knobs."""
+    with guarded(debug):
+        from rewriter.api import list_passes
+
+        found = list_passes()
+        if as_json:
+            write_json([vars(info) for info in found])
+            return
+        table = Table("pass", "fidelity", "what it does", "knobs", "source", box=None, pad_edge=False)
+        for info in found:
+            knobs = ", ".join(f"{name}={value}" for name, value in info.knobs.items())
+            table.add_row(info.name, info.fidelity, info.summary, knobs, info.source)
+        out.print(table)
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="directory to save to")] = None,
+    passes: Passes = None,
+    backend: Annotated[str, typer.Option(help="auto, eager or inductor")] = "auto",
+    verify: Annotated[bool, typer.Option(help="check every rewrite")] = True,
+    strict: Annotated[bool, typer.Option(help="a pass that matches nothing is an error")] = False,
+    html: Annotated[Path | None, typer.Option(help="write the report to this file")] = None,
+    input_shape: Shape = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Optimise a model, check it, report, and save it."""
+    with guarded(debug):
+        from rewriter.api import optimize as run
+        from rewriter.api import resolve_passes
+        from rewriter.export.artifact import check_target
+        from rewriter.lowering import choose_backend
+
+        resolve_passes(passes or "default")
+        choose_backend(backend)
+        if output is not None:
+            check_target(output)
+        if html is not None:
+            _check_file(html)
+        with stages() as on_stage:
+            optimized = run(
+                model,
+                _examples(input_shape),
+                passes=passes or "default",
+                backend=backend,
+                verify=verify,
+                strict=strict,
+                on_stage=on_stage,
+            )
+            if output is not None:
+                on_stage("save")
+                optimized.save(output)
+        _show_report(optimized.report, html, as_json)
+        if output is not None and not as_json:
+            out.print(f"\nsaved to {output}", markup=False)
+
+
+@app.command()
+def explain(
+    model: Model,
+    passes: Passes = None,
+    html: Annotated[Path | None, typer.Option(help="write the report to this file")] = None,
+    input_shape: Shape = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what matches and what does not, and why, without running the model."""
+    with guarded(debug):
+        from rewriter.api import explain as run
+
+        if html is not None:
+            _check_file(html)
+        with stages() as on_stage:
+            report = run(model, _examples(input_shape), passes=passes or "default", on_stage=on_stage)
+        _show_report(report, html, as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a model, or a directory that `optimize -o` saved")],
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="token ids to continue, e.g. '1 2 3'")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    passes: Passes = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text with a saved program, or with a model optimised on the spot."""
+    with guarded(debug):
+        if (prompt is None) == (prompt_ids is None):
+            raise ConfigError("prompt", prompt, "exactly one of --prompt and --prompt-ids")
+        with stages(quiet=False) as on_stage:
+            optimized = _optimized_or_saved(model, passes, on_stage)
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        torch.manual_seed(seed)
+        generate_text(optimized, prompt, prompt_ids, max_new_tokens, sampling, as_json)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="a directory that `optimize -o` saved")],
+    model: Annotated[str | None, typer.Argument(help="the model it came from, to compare with")] = None,
+    input_shape: Shape = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a saved program on this machine: its files, and its outputs against the model's."""
+    with guarded(debug):
+        from rewriter.api import load, verify_against
+
+        with stages() as on_stage:
+            on_stage("load")
+            optimized = load(artifact)
+            metrics: dict[str, float] = {}
+            if model is not None:
+                on_stage("compare with the model")
+                metrics = verify_against(optimized, model, _examples(input_shape))
+        undone = [c for c in optimized.report.certificates if c.status == "unverified"]
+        if as_json:
+            write_json({"artifact": str(artifact), "metrics": metrics, "unverified": len(undone)})
+        else:
+            out.print(str(optimized.report), markup=False)
+            out.print(f"\n{artifact}: files are intact", markup=False)
+            for name, value in metrics.items():
+                out.print(f"  {name}  {value:.3g}", markup=False)
+        if undone and model is None:
+            raise typer.Exit(FAILED)
+
+
+def _optimized_or_saved(model: str, passes: list[str] | None, on_stage: Any) -> Any:
+    from rewriter.api import load
+    from rewriter.api import optimize as run
+    from rewriter.export.artifact import is_artifact
+
+    if is_artifact(Path(model)):
+        if passes:
+            raise ConfigError("passes", passes, "none: a saved program has its passes already")
+        on_stage("load")
+        return load(model)
+    return run(model, passes=passes or "default", on_stage=on_stage)
+
+
+def _show_report(report: Any, html: Path | None, as_json: bool) -> None:
+    if html is not None:
+        report.to_html(html)
+    if as_json:
+        write_json(report.to_json())
+    else:
+        out.print(str(report), markup=False)
+
+
+def _check_file(path: Path) -> None:
+    """A file that can be written, before the long work starts."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError("html", str(path), "a file in an existing directory")
+
+
+def _examples(shapes: list[str] | None) -> tuple[torch.Tensor, ...] | None:
+    """fp32 inputs of the shapes given."""
+    if not shapes:
+        return None
+    try:
+        extents = [[int(part) for part in text.lower().split("x")] for text in shapes]
+        return tuple(torch.randn(*extent) for extent in extents)
+    except (ValueError, RuntimeError):
+        raise ConfigError("input-shape", shapes, "positive integers joined by x") from None
+
+
+def main() -> None:
+    """The `rewriter` command."""
+    app()
+
