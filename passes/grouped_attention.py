@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from rewriter.cost.cost import Cost
 from rewriter.dialect import OPS
-from rewriter.dialect.attention import repeat_kv
 from rewriter.engine.cached_attention import TYPICAL_KV_LEN, AttentionShape, attention_shape
 from rewriter.engine.miss import Miss
 from rewriter.engine.rewrite_pass import Facts, Fidelity, RewritePass
@@ -32,8 +31,8 @@ class GroupedAttention(RewritePass):
 
     What it does:
         Replaces `rewriter::attention` by `rewriter::grouped_attention`: query heads that share a KV
-        head become rows of one product with it, and a mask is built only where the shape leaves open
-        who sees what. A sliding window reads only the entries inside it.
+        head become rows of one product with it, and a mask is built only where the shape leaves
+        open who sees what. A sliding window reads only the entries inside it.
     Applies when:
         Several query heads share a KV head.
     Does not:
@@ -43,9 +42,10 @@ class GroupedAttention(RewritePass):
     Numerics:
         Reassociated: sums run in another order; fp32 accumulation as before.
     Cost:
-        Reads K and V once per KV head instead of writing and reading group_size copies. Measured for
-        one token on 1,024 entries, 32 heads on 8 of 128: 0.7 ms instead of 1.3 ms in fp32, 0.6 ms
-        instead of 7.6 ms in bf16 (1 core of a Xeon, torch 2.13).
+        Reads K and V once per KV head instead of writing and reading group_size copies. Measured
+        for one token on 1,024 entries, 32 heads on 8 of 128, against PyTorch's own `enable_gqa`:
+        0.7 ms instead of 1.3 ms in fp32, 0.6 ms instead of 7.6 ms in bf16 (one core of a Xeon,
+        torch 2.13).
     Parameters:
         layers: the layers it may touch; None = all.
     Raises:
@@ -84,10 +84,9 @@ class GroupedAttention(RewritePass):
         return OPS["attention"].reference(*tensors, **facts.options)
 
     def original_cost(self, facts: GroupedAttentionFacts) -> Cost:
-        """The same, every group reading its own copy of K and V."""
-        q, k, v = facts.shape.decode_operands(TYPICAL_KV_LEN)
-        k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
-        return OPS["attention"].cost(q, k, v, **facts.options)
+        """The same, K and V copied for every head of a group."""
+        operands = facts.shape.decode_operands(TYPICAL_KV_LEN)
+        return OPS["attention"].cost(*operands, **facts.options)
 
     def cost(self, facts: GroupedAttentionFacts) -> Cost:
         """Of one decoded token on `TYPICAL_KV_LEN` entries."""

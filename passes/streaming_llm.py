@@ -30,7 +30,7 @@ from rewriter.program import Program, StateSpec
 __all__ = ["StreamingFacts", "StreamingLLM"]
 
 MAX_CHUNK = 512
-"""Most new tokens of one call: a longer prompt costs less in pieces, each attends S + W + itself."""
+"""Most new tokens of one call: a long prompt costs less in pieces, each attends S + W + itself."""
 
 POSITIONS_ROLE = "streaming positions"
 
@@ -57,22 +57,22 @@ class StreamingLLM(RewritePass):
         rotates by the rank in the cache, so neither memory nor positions grow, and decoding has no
         end. With everything kept the ranks are the positions and nothing changes.
     Applies when:
-        Decoding was derived, the mask is causal or a sliding window, and positions enter by a rotation
-        of q and k right before the attention, by ALiBi slopes, or not at all.
+        Decoding was derived, the mask is causal or a sliding window, and positions enter by a
+        rotation of q and k right before the attention, by ALiBi slopes, or not at all.
     Does not:
-        Extend what the model understands: tokens outside the window and the sinks are forgotten. Leaves
-        alone attentions whose cache others read, keys that are rotated in parts (MLA), and models that
-        add their positions to the embeddings.
+        Extend what the model understands: tokens outside the window and the sinks are forgotten.
+        Leaves alone attentions whose cache others read, keys that are rotated in parts (MLA), and
+        models that add their positions to the embeddings.
     Shapes:
-        Keys and values bhsd [batch_size, num_kv_heads, S + W + 1, width] per layer, the last slot takes
-        the writes of padding; positions int64 [batch_size, S + W + 1] once per program.
+        Keys and values bhsd [batch_size, num_kv_heads, S + W + 1, width] per layer, the last slot
+        takes the writes of padding; positions int64 [batch_size, S + W + 1] once per program.
     Numerics:
-        Approximate; equal to the original, in another order of rounding, while a row has no more than
-        S + W tokens.
+        Approximate; equal to the original, in another order of rounding, while a row has no more
+        than S + W tokens.
     Cost:
-        One token attends S + W entries whatever came before. Their keys are turned again for every
-        token: three more passes over them where no kernel fuses it. Prompts run in chunks of at most
-        `MAX_CHUNK` and `recent_window` tokens.
+        One token attends S + W entries whatever came before. Their keys are turned again for
+        every token: three more passes over them where no kernel fuses it. Prompts run in chunks of
+        at most `MAX_CHUNK` and `recent_window` tokens.
     Parameters:
         num_sink_tokens: S >= 0, first tokens of a row that are always kept.
         recent_window: W >= 1, last tokens that are kept; a model's own sliding window still holds.
@@ -161,7 +161,7 @@ class StreamingLLM(RewritePass):
         return program.replace_state(replace(spec, dims=dims))
 
     def _entries(self, site: Site) -> list[fx.Node]:
-        """slots, distance, mask and ranks: computed once per program for every layer with these knobs."""
+        """slots, distance, mask and ranks: one call for every layer with these knobs."""
         program, target = site.program, OPS["streaming_entries"].overload
         knobs = {"num_sink_tokens": self.num_sink_tokens, "recent_window": self.recent_window}
         calls = [node for node in program.calls(target) if node.kwargs == knobs]
@@ -301,7 +301,7 @@ def _result(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
 def _by_rank(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Tables [batch_size, 1, ranks, width] whose row r is the angle of position r.
 
-    cos, sin: [batch_size or 1, 1, q_len, width] at the positions of a sequence from 0, padded or not.
+    cos, sin: [batch_size or 1, 1, q_len, width] at the positions of a sequence, maybe padded.
     """
     padding = (positions < 0).sum(1, keepdim=True)
     length = positions.shape[1]

@@ -94,10 +94,12 @@ def _why(name: str, dim: int, size: int, value: Tensor, asked: Wanted, wanted: W
 def _specialized_at(name: str, dim: int, value: Tensor) -> str:
     """The line of the model that fixed a size, where torch.export recorded it."""
     environment = getattr(getattr(value, "fake_mode", None), "shape_env", None)
-    stacks = getattr(environment, "specialization_stacks", {})
-    for source, stack in stacks.items():
-        if f"'{name}'" in source.name and source.name.endswith(f"[{dim}]") and stack:
-            frame = stack[-1]
+    sources = getattr(environment, "var_to_sources", {})
+    locations = getattr(environment, "replacements_slocs", {})
+    for symbol, found in sources.items():
+        names = [source.name for source in found]
+        frame = getattr(locations.get(symbol), "framework_loc", None)
+        if frame is not None and f"L['{name}'].size()[{dim}]" in names:
             file = "/".join(frame.filename.split("/")[-2:])
             return f"fixed by the model at {file}:{frame.lineno} in {frame.name}: {frame.line}"
     return ""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from rewriter.program import InputSpec
 
-__all__ = ["conditions"]
+__all__ = ["conditions", "violated"]
 
 _SIZE = re.compile(r"L\['(?P<input>\w+)'\]\.size\(\)\[(?P<dim>\d+)\]")
 _SAME_SIZE = re.compile(r"\w+\.shape\[\d+\] == \w+\.shape\[\d+\]")
@@ -23,8 +27,63 @@ def conditions(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> tuple[
     """
     found = [_readable(code) for code in getattr(exported, "_guards_code", [])]
     names = {spec.name for spec in inputs}
-    kept = [text for text in found if not _SAME_SIZE.fullmatch(text)]
+    kept = [text for text in dict.fromkeys(found) if not _SAME_SIZE.fullmatch(text)]
     return tuple(text for text in kept if any(name in text for name in names))
+
+
+def violated(guards: Sequence[str], inputs: Mapping[str, Tensor]) -> str | None:
+    """The first condition that these inputs do not meet, or None.
+
+    Args:
+        guards: as `conditions` returns them.
+    """
+    for guard in guards:
+        if not _value(ast.parse(guard, mode="eval").body, inputs):
+            return guard
+    return None
+
+
+_COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "abs": abs}
+
+
+def _value(node: ast.expr, inputs: Mapping[str, Tensor]) -> Any:
+    """The value of a size expression; nothing but arithmetic on sizes is understood."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Subscript(value=ast.Attribute(value=ast.Name(id=name), attr="shape"), slice=index):
+            return inputs[name].shape[_value(index, inputs)]
+        case ast.BinOp(left=left, op=op, right=right):
+            return _ARITHMETIC[type(op)](_value(left, inputs), _value(right, inputs))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, inputs)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _value(operand, inputs)
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            return _COMPARISONS[type(op)](_value(left, inputs), _value(right, inputs))
+        case ast.BoolOp(op=op, values=values):
+            results = [bool(_value(value, inputs)) for value in values]
+            return any(results) if isinstance(op, ast.Or) else all(results)
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return _FUNCTIONS[name](*(_value(argument, inputs) for argument in args))
+    raise ValueError(f"not a size expression: {ast.unparse(node)}")
 
 
 def _readable(code: str) -> str:

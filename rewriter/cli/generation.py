@@ -14,13 +14,13 @@ from rewriter.cli.console import err, out, write_json
 from rewriter.errors import ConfigError, InputError
 from rewriter.optimized import OptimizedModel
 
-__all__ = ["generate_text"]
+__all__ = ["generate_text", "parse_ids"]
 
 
 def generate_text(
     optimized: OptimizedModel,
     prompt: str | None,
-    prompt_ids: str | None,
+    prompt_ids: list[int] | None,
     max_new_tokens: int,
     sampling: dict[str, Any],
     as_json: bool,
@@ -52,18 +52,27 @@ def _tokenizer(directory: Path | None) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
-def _prompt(tokenizer: Any, prompt: str | None, prompt_ids: str | None) -> Tensor:
-    if prompt_ids is not None:
-        try:
-            ids = [int(item) for item in prompt_ids.replace(",", " ").split()]
-        except ValueError:
-            raise ConfigError("prompt-ids", prompt_ids, "integers") from None
-    elif tokenizer is None:
-        raise InputError("the model's directory has no tokenizer; give --prompt-ids")
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+def parse_ids(text: str | None) -> list[int] | None:
+    """Token ids from "1 2 3" or "1,2,3". Raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        ids = [int(item) for item in text.replace(",", " ").split()]
+    except ValueError:
+        raise ConfigError("prompt-ids", text, "integers") from None
     if not ids:
-        raise ConfigError("prompt", prompt or prompt_ids, "at least one token")
+        raise ConfigError("prompt-ids", text, "at least one integer")
+    return ids
+
+
+def _prompt(tokenizer: Any, prompt: str | None, prompt_ids: list[int] | None) -> Tensor:
+    if prompt_ids is not None:
+        return torch.tensor([prompt_ids])
+    if tokenizer is None:
+        raise InputError("the model's directory has no tokenizer; give --prompt-ids")
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise ConfigError("prompt", prompt, "at least one token")
     return torch.tensor([ids])
 
 

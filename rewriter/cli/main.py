@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from rewriter.cli.console import FAILED, guarded, out, stages, write_json
-from rewriter.cli.generation import generate_text
+from rewriter.cli.generation import generate_text, parse_ids
 from rewriter.errors import ConfigError
 
 __all__ = ["app", "main"]
@@ -49,11 +48,11 @@ def passes(as_json: AsJson = False, debug: Debug = False) -> None:
         if as_json:
             write_json([vars(info) for info in found])
             return
-        table = Table("pass", "fidelity", "what it does", "knobs", "source", box=None, pad_edge=False)
         for info in found:
-            knobs = ", ".join(f"{name}={value}" for name, value in info.knobs.items())
-            table.add_row(info.name, info.fidelity, info.summary, knobs, info.source)
-        out.print(table)
+            out.print(f"[bold]{info.name}[/bold]  [dim]{info.fidelity}, {info.source}[/dim]")
+            out.print(f"  {info.summary}", markup=False)
+            for name, value in info.knobs.items():
+                out.print(f"  {name}={value}", style="dim", markup=False)
 
 
 @app.command()
@@ -138,13 +137,14 @@ def generate(
     with guarded(debug):
         if (prompt is None) == (prompt_ids is None):
             raise ConfigError("prompt", prompt, "exactly one of --prompt and --prompt-ids")
+        ids = parse_ids(prompt_ids)
         with stages(quiet=False) as on_stage:
             optimized = _optimized_or_saved(model, passes, on_stage)
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         torch.manual_seed(seed)
-        generate_text(optimized, prompt, prompt_ids, max_new_tokens, sampling, as_json)
+        generate_text(optimized, prompt, ids, max_new_tokens, sampling, as_json)
 
 
 @app.command()

@@ -27,6 +27,21 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, tor
 """Relative to the largest value: rounding differs with the batch's shape, mixing shows far above it."""
 
 
+VIEWS = frozenset(
+    {
+        torch.ops.aten.slice.Tensor,
+        torch.ops.aten.select.int,
+        torch.ops.aten.view.default,
+        torch.ops.aten.transpose.int,
+        torch.ops.aten.permute.default,
+        torch.ops.aten.unsqueeze.default,
+        torch.ops.aten.squeeze.dim,
+        torch.ops.aten.expand.default,
+    }
+)
+"""Operators that move values and compute none."""
+
+
 class _TokenAlone(fx.Interpreter):
     """Runs a graph with every attention replaced by a function of each token alone."""
 
@@ -111,8 +126,15 @@ def mixing_operator(program: Program) -> fx.Node | None:
         return None
     for node in program.graph.nodes:
         if node.op == "call_function" and _mixed(before[node], after[node], length):
-            return node
+            return _behind_views(node)
     return output
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    """What computed a value that was only sliced or reshaped: its own length could not be compared."""
+    while node.target in VIEWS and node.all_input_nodes[0].op == "call_function":
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _mixed(before: Any, after: Any, length: int) -> bool:

@@ -1,7 +1,7 @@
 """Attention with grouped heads that reads every key and value once, never repeating them.
 
-The same function as `rewriter::attention`, rounded in another order. Query heads of one group become
-rows of one product with their shared KV head. Measured on 2 cores of a Xeon, 1 thread, torch 2.13,
+The same function as `rewriter::attention`, rounded in another order. Query heads of one group
+become rows of one product with their shared KV head. Measured on 2 cores of a Xeon, 1 thread, torch 2.13,
 one decoded token, 32 query heads on 8 KV heads of 128, microseconds (p50):
 
 | entries | fp32 folded | fp32 `enable_gqa` | bf16 folded | bf16 `enable_gqa` | bf16 two matmuls |
@@ -11,8 +11,8 @@ one decoded token, 32 query heads on 8 KV heads of 128, microseconds (p50):
 | 1024 | 678 | 1320 | 598 | 7637 | 1113 |
 | 4096 | 6376 | 13799 | 4243 | 35789 | 9322 |
 
-For 64 new tokens and more `enable_gqa` and folding differ by less than 10 %, and only the former can
-skip the mask, so rows are folded up to `_FOLD_ROWS` new tokens.
+For 64 new tokens and more `enable_gqa` and folding differ by little, and only the former can skip
+the mask, so rows are folded up to `_FOLD_ROWS` new tokens.
 Source: https://arxiv.org/abs/2305.13245
 """
 
@@ -165,10 +165,10 @@ def attend_grouped(
     softmax_scale: float,
     softcap: float,
 ) -> Tensor:
-    """softmax(softcap(q kᵀ · softmax_scale) + bias, where keep) v on bhsd tensors with grouped heads.
+    """softmax(softcap(q kᵀ · softmax_scale) + bias, where keep) v on bhsd tensors, heads grouped.
 
-    PyTorch's kernel where it computes the same function, the explicit form elsewhere. `keep` bool and
-    `bias` broadcast to [batch_size, num_heads, q_len, kv_len]; sinks [num_heads].
+    PyTorch's kernel where it computes the same function, the explicit form elsewhere. `keep` bool
+    and `bias` broadcast to [batch_size, num_heads, q_len, kv_len]; sinks [num_heads].
     """
     exact_bias = bias is None or bias.dtype == q.dtype
     if exact_bias and sinks is None and not softcap:

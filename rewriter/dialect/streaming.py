@@ -1,15 +1,15 @@
 """Attention over sink tokens and a ring of recent ones, positions being ranks in the cache.
 
-The cache of a layer holds keys before their rotation: `num_sink_tokens` slots for the first positions,
-`recent_window` slots for the last ones (position p in slot S + (p - S) mod W), and one spare slot that
-takes the writes of padding and is never read. A query at true position p sees the sinks and positions
-p - W < j <= p. Its rank, and theirs, is the place in that cache:
+The cache of a layer holds keys before their rotation: `num_sink_tokens` slots for the first
+positions, `recent_window` slots for the last ones (position p in slot S + (p - S) mod W), and one
+spare slot that takes the writes of padding and is never read. A query at true position p sees the
+sinks and positions p - W < j <= p. Its rank, and theirs, is the place in that cache:
 
     shift(p)  = max(0, p + 1 - (S + W))
     rank      = p - shift(p) for the query, j - shift(p) for recent entries, j for sinks
 
-Rotation is relative, so several queries share one rotation of the recent keys: with base = shift of the
-first of them, recent keys turn to j - base, queries to p - base against those ("near") and to
+Rotation is relative, so several queries share one rotation of the recent keys: with base = shift of
+the first of them, recent keys turn to j - base, queries to p - base against those ("near") and to
 p - shift(p) against the sinks ("far"). Source: https://arxiv.org/abs/2309.17453
 """
 
@@ -61,8 +61,8 @@ def streaming_entries(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Book-keeping of one call, shared by all layers: which entries there are and where they stand.
 
-    One new token is written first and attends over the slots: kv_len = S + W. Several attend over the
-    slots as they were and then over themselves: kv_len = S + W + q_len.
+    One new token is written first and attends over the slots: kv_len = S + W. Several attend over
+    the slots as they were and then over themselves: kv_len = S + W + q_len.
 
     Args:
         slot_positions: int64 [batch_size, S + W + 1], position in each slot, -1 = empty; mutated.
@@ -72,7 +72,7 @@ def streaming_entries(
         slots int64 [batch_size, q_len]: where the new entries go.
         distance int64 [batch_size, q_len, kv_len]: query's rank minus the entry's.
         mask fp32 [batch_size, 1, q_len, kv_len]: -inf where the entry is not seen, else 0.
-        ranks int64 [batch_size, kv_len + 2 * q_len]: of the entries, then of the queries near, then far.
+        ranks int64 [batch_size, kv_len + 2 * q_len]: entries, then queries near, then far.
 
     Raises:
         InputError: more new tokens than the window has slots.
@@ -103,7 +103,7 @@ def streaming_entries(
 
 
 def _full_width(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Tables [..., rotary_dim]: x · cos + swap(x) · sin turns x; layers share nothing wider than these."""
+    """Tables [..., rotary_dim] by which x · cos + swap(x) · sin turns x."""
     if interleaved:
         return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -127,8 +127,8 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys turned to their ranks; twice as wide when queries have two frames.
 
-    In the wide form recent keys stand in the first half and sinks in the second, zeros elsewhere, so
-    that one product gives near scores for the former and far scores for the latter.
+    In the wide form recent keys stand in the first half and sinks in the second, zeros elsewhere,
+    so that one product gives near scores for the former and far scores for the latter.
     """
     q_len, kv_len, dim = q.shape[2], keys.shape[2], keys.shape[3]
     cos, sin = _full_width(cos, sin, interleaved)
@@ -177,8 +177,8 @@ def _cost(
 
 @dialect_op(
     "streaming_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_ring, Tensor(b!) v_ring,"
-    " Tensor slots, Tensor distance, Tensor mask, Tensor? cos=None, Tensor? sin=None, Tensor? sinks=None,"
-    " Tensor? slopes=None, *, float softmax_scale, int num_sink_tokens, bool interleaved=False,"
+    " Tensor slots, Tensor distance, Tensor mask, Tensor? cos=None, Tensor? sin=None,"
+    " Tensor? sinks=None, Tensor? slopes=None, *, float softmax_scale, int num_sink_tokens, bool interleaved=False,"
     " SymInt span=0, float softcap=0.0) -> Tensor",
     fake=_fake,
     cost=_cost,
@@ -211,7 +211,8 @@ def streaming_attention(
         slots, distance, mask: from `streaming_entries`.
         cos, sin: tables at its `ranks`, broadcast to [batch_size, heads, kv_len + 2 * q_len,
             rotary_dim / 2]; None when the layer does not rotate.
-        sinks: [num_heads] logits in the denominator; slopes: [num_heads] ALiBi slopes on the distance.
+        sinks: [num_heads] logits in the denominator.
+        slopes: [num_heads] ALiBi slopes on the distance.
         span: the model's own sliding window, applied to the distance; 0 = none.
 
     Returns:

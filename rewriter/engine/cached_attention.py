@@ -13,7 +13,12 @@ from rewriter.engine.site import Site, bound_arguments
 from rewriter.program import Program
 
 __all__ = [
-    "TYPICAL_KV_LEN","AttentionShape", "CachedAttention", "attention_shape", "cached_attention"]
+    "TYPICAL_KV_LEN",
+    "AttentionShape",
+    "CachedAttention",
+    "attention_shape",
+    "cached_attention",
+]
 
 aten = torch.ops.aten
 

@@ -1,12 +1,12 @@
 """Raise attention: the fused operator and the explicit softmax(QKᵀ)V become `rewriter::attention`.
 
-Each region is first replaced on paper: the new nodes are inserted, region and replacement run on the same
-random queries, keys and values, and only if they agree does the graph use the new one.
+Each region is first replaced on paper: the new nodes are inserted, region and replacement run on the
+same random queries, keys and values, and only if they agree does the graph use the new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from rewriter.engine.miss import Miss
 from rewriter.program import Program
+from rewriter.raising.agreement import Agreement
 from rewriter.raising.attention_regions import SUBJECT, AttentionRegion, find_attention
-from rewriter.raising.evaluate import UnboundInput, depends_on, evaluate, needed, random_value
 from rewriter.raising.head_layout import (
     Heads,
     Unsupported,
@@ -26,10 +26,8 @@ from rewriter.raising.head_layout import (
     to_bhsd,
 )
 from rewriter.raising.insertion import Inserter, NoExtent, shape_of
-from rewriter.raising.mask_samples import Term, sizes_for
+from rewriter.raising.mask_samples import Term
 from rewriter.raising.masks import Classifier, MaskStructure
-from rewriter.raising.position_tables import POSITIONS, random_positions
-from rewriter.raising.region import EVALUATION_ERRORS, region_key
 from rewriter.raising.repeated_heads import first_of_groups, peel_repeat
 from rewriter.raising.score_walk import Walk
 from rewriter.report.report import Coverage
@@ -38,10 +36,6 @@ __all__ = ["attention_coverage", "raise_attention"]
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.rewriter.attention.default
-
-_LENGTHS = (5, 9)
-_TOLERANCE = 1e-4
-"""Of the largest value, in fp32; a mask or scale that is wrong changes results by 1e-2 and more."""
 
 
 def raise_attention(program: Program) -> list[Miss]:
@@ -74,7 +68,7 @@ class _Raiser:
         self.program = program
         self.walk = Walk(program)
         self.classifier = Classifier(program)
-        self.checked: set[Hashable] = set()
+        self.agreement = Agreement(program, self.classifier.sampler.symbols)
         self.slopes: list[tuple[str, Tensor]] = []
 
     def replace(self, region: AttentionRegion) -> Sequence[Miss]:
@@ -84,7 +78,7 @@ class _Raiser:
             heads = heads_of(region.shape[:-2], _neighbours(region))
             mask = self.classifier.describe(region.scores.terms, heads.count, causal=region.causal)
             new = self._insert(insert, region, heads, mask)
-            agrees = self._agrees(region, new, insert)
+            agrees = self.agreement.holds(region, new, insert.inserted)
         except (Unsupported, NoExtent) as error:
             insert.discard()
             return [Miss.at(region.output, SUBJECT, str(error))]
@@ -143,15 +137,20 @@ class _Raiser:
         """Keys and values before their heads were repeated, when both were repeated alike."""
         peeled = [peel_repeat(self.program, insert, x) for x in (k, v)]
         fewest = min(shape_of(x)[1] for x in peeled)
-        groups = [
-            x if shape_of(x)[1] == fewest else first_of_groups(self.program, insert, x, fewest)
-            for x in peeled
-        ]
+        groups = [self._first_of_groups(insert, x, fewest) for x in peeled]
         if all(x is not None for x in groups):
             return groups[0], groups[1]
         if shape_of(k)[1] != shape_of(v)[1]:
             raise Unsupported("keys and values have different numbers of heads")
         return k, v
+
+    def _first_of_groups(self, insert: Inserter, x: fx.Node, count: int) -> fx.Node | None:
+        if shape_of(x)[1] == count:
+            return x
+        first = first_of_groups(self.program, insert, x, count)
+        if first is not None:
+            self.agreement.groups[x] = count
+        return first
 
     def _bias(self, insert: Inserter, terms: Sequence[Term], heads: Heads) -> fx.Node | None:
         """The terms that stay tensors: one sum, or one bool tensor when all of them only hide."""
@@ -176,68 +175,6 @@ class _Raiser:
             self.program.module.register_buffer(name, slopes)
             self.slopes.append((name, slopes))
         return insert.attribute(name)
-
-    def _agrees(self, region: AttentionRegion, new: fx.Node, insert: Inserter) -> bool:
-        """Whether region and replacement compute the same; equal regions are run once."""
-        bound = self._boundary(region, insert)
-        terms = [term.node for term in region.scores.terms]
-        inside = needed([region.output, new], dict.fromkeys((*bound, *terms)))
-        key = region_key(inside, terms)
-        if key in self.checked:
-            return True
-        for seed, length in enumerate(_LENGTHS):
-            if not self._agrees_at(region, new, bound, length, seed):
-                return False
-        self.checked.add(key)
-        return True
-
-    def _boundary(self, region: AttentionRegion, insert: Inserter) -> list[fx.Node]:
-        """Data-dependent nodes that the replacement reads: they get random values."""
-        fresh = set(insert.inserted)
-        operands = {o for node in insert.inserted for o in node.all_input_nodes if o not in fresh}
-        own = {term.node for term in region.scores.terms if self._content(term.node)}
-        tensors = {o for o in operands if isinstance(o.meta.get("val"), Tensor)}
-        return sorted(own | {o for o in tensors if self._content(o)})
-
-    def _content(self, node: fx.Node) -> bool:
-        return bool(depends_on(node, self.walk.depends) - {POSITIONS})
-
-    def _agrees_at(
-        self,
-        region: AttentionRegion,
-        new: fx.Node,
-        bound: Sequence[fx.Node],
-        length: int,
-        seed: int,
-    ) -> bool:
-        generator = torch.Generator().manual_seed(seed)
-        sizes = sizes_for(self.classifier.sampler.symbols, region.shape[-2:], length)
-        try:
-            values = {node: _random(node, sizes, generator) for node in bound}
-            values |= _positions(self.program, sizes)
-            old, raised = evaluate(
-                self.program, [region.output, new], values, sizes=sizes, widen=True
-            )
-        except (*EVALUATION_ERRORS, UnboundInput):
-            return False
-        if old.shape != raised.shape:
-            return False
-        error = (old.double() - raised.double()).abs().max()
-        return bool(error <= _TOLERANCE * old.double().abs().max())
-
-
-def _positions(program: Program, sizes: dict[str, int]) -> dict[fx.Node, Tensor]:
-    """True positions, counted up: masks are functions of them."""
-    values = random_positions(program, sizes, torch.Generator())
-    return {n: torch.arange(v.shape[-1]).expand(v.shape).to(v) for n, v in values.items()}
-
-
-def _random(node: fx.Node, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-    """Random values; bool ones are True in the first column, so that every row sees something."""
-    value = random_value(node, sizes, generator)
-    if value.dtype == torch.bool and value.dim():
-        value[..., 0] = True
-    return value.float() if value.is_floating_point() else value
 
 
 def _neighbours(region: AttentionRegion) -> tuple[fx.Node, ...]:
