@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes import DEFAULT, PASSES
+import passes as table  # the names are looked up late: passes import rewriter first
 from rewriter.capture.causal_lm import capture_causal_lm, is_causal_lm
 from rewriter.capture.module import capture
 from rewriter.capture.sources import load_model
@@ -151,7 +151,7 @@ class PassInfo:
 
 def list_passes() -> tuple[PassInfo, ...]:
     """Every pass with its knobs and their defaults."""
-    return tuple(_info(kind) for kind in PASSES.values())
+    return tuple(_info(kind) for kind in table.PASSES.values())
 
 
 def _info(kind: type[RewritePass]) -> PassInfo:
@@ -163,13 +163,13 @@ def _info(kind: type[RewritePass]) -> PassInfo:
 def resolve_passes(passes: PassSpecs) -> list[RewritePass]:
     """Pass objects from "default", one spec, or a list of specs and objects. Raises ConfigError."""
     if isinstance(passes, str):
-        passes = DEFAULT if passes == "default" else [passes]
+        passes = table.DEFAULT if passes == "default" else [passes]
     resolved: list[RewritePass] = []
     for item in passes:
         if isinstance(item, str) and item == "default":
-            resolved += [parse_spec(text, PASSES) for text in DEFAULT]
+            resolved += [parse_spec(text, table.PASSES) for text in table.DEFAULT]
         elif isinstance(item, str):
-            resolved.append(parse_spec(item, PASSES))
+            resolved.append(parse_spec(item, table.PASSES))
         elif isinstance(item, RewritePass):
             resolved.append(item)
         else:

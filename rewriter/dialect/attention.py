@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as one operator: grouped heads, structural mask, soft-cap, sinks, ALiBi.
+"""Scaled dot-product attention as one operator: grouped heads, soft-cap, sinks, ALiBi.
 
 The mask is structure, not a tensor: its kind and span say which positions see which.
 
@@ -71,7 +71,7 @@ def visible(q_positions: Tensor, k_positions: Tensor, mask: str, span: int) -> T
 def position_grid(
     q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Positions [batch or 1, q_len] and [batch or 1, kv_len]; None means the last q_len of kv_len."""
+    """Positions [batch or 1, q_len] and [batch or 1, kv_len]; None = the last q_len of kv_len."""
     kv_len, q_len = k.shape[2], q.shape[2]
     if k_positions is None:
         k_positions = torch.arange(kv_len, device=k.device).unsqueeze(0)
@@ -152,14 +152,15 @@ def attention(
     span: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """softmax(softcap(q kᵀ · softmax_scale) + bias, masked) v, with K and V repeated over each group.
+    """softmax(softcap(q kᵀ · softmax_scale) + bias, masked) v, K and V repeated over each group.
 
     Args:
         q: bhsd [batch_size, num_heads, q_len, head_dim].
         k, v: bhsd [batch_size, num_kv_heads, kv_len, head_dim]; v may be of another width.
-        q_positions, k_positions: int64 [batch_size, q_len] and [batch_size, kv_len], -1 = padding or
-            empty; None means that the queries are the last q_len of kv_len contiguous entries.
-        bias: added to the scores, or bool (True = visible); broadcasts to [batch, heads, q_len, kv_len].
+        q_positions, k_positions: int64 [batch_size, q_len] and [batch_size, kv_len], -1 = padding
+            or empty; None means that the queries are the last q_len of kv_len contiguous entries.
+        bias: added to the scores, or bool (True = visible); broadcasts to
+            [batch_size, num_heads, q_len, kv_len].
         sinks: [num_heads] logits that take part in the softmax's denominator only.
         slopes: [num_heads] ALiBi slopes: slope · (j - i) is added.
         mask, span: which positions see which (the module's table).

@@ -178,8 +178,8 @@ def _cost(
 @dialect_op(
     "streaming_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_ring, Tensor(b!) v_ring,"
     " Tensor slots, Tensor distance, Tensor mask, Tensor? cos=None, Tensor? sin=None,"
-    " Tensor? sinks=None, Tensor? slopes=None, *, float softmax_scale, int num_sink_tokens, bool interleaved=False,"
-    " SymInt span=0, float softcap=0.0) -> Tensor",
+    " Tensor? sinks=None, Tensor? slopes=None, *, float softmax_scale, int num_sink_tokens,"
+    " bool interleaved=False, SymInt span=0, float softcap=0.0) -> Tensor",
     fake=_fake,
     cost=_cost,
 )

@@ -1,7 +1,7 @@
 """Positions counted anew: how they enter an attention, and rotary tables at other positions.
 
-Methods that keep part of the entries and number them by their place in the cache store keys before their
-rotation; these are the conditions under which that is possible, and the edit that goes with it.
+Methods that keep part of the entries and number them by their place in the cache store keys before
+their rotation; these are the conditions for that, and the edit that goes with it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _ends(node: fx.Node) -> bool:
 
 
 def _position_tables(program: Program) -> tuple[set[fx.Node], fx.Node | None]:
-    """Nodes computed from positions alone, and the first user that is neither one nor a rotation."""
+    """Nodes computed from positions alone, and the first user that is neither that nor `rope`."""
     tables: set[fx.Node] = set()
     first: fx.Node | None = None
     cache: dict[fx.Node, frozenset[str]] = {}

@@ -72,7 +72,7 @@ class Agreement:
         return bool(error <= _TOLERANCE * old.double().abs().max())
 
     def _random(self, node: fx.Node, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-        """Random values; bool ones are True in the first column, so that every row sees something."""
+        """Random values; bool ones are True in the first column: every row sees something."""
         value = random_value(node, sizes, generator)
         if value.dtype == torch.bool and value.dim():
             value[..., 0] = True

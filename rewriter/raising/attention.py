@@ -1,7 +1,7 @@
 """Raise attention: the fused operator and the explicit softmax(QKᵀ)V become `rewriter::attention`.
 
-Each region is first replaced on paper: the new nodes are inserted, region and replacement run on the
-same random queries, keys and values, and only if they agree does the graph use the new one.
+Each region is first replaced on paper: the new nodes are inserted, region and replacement run on
+the same random queries, keys and values, and only if they agree does the graph use the new one.
 """
 
 from __future__ import annotations

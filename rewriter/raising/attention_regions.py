@@ -1,8 +1,8 @@
-"""Find attention in a graph, in both spellings: the fused operator, and a softmax between two products.
+"""Find attention in a graph: the fused operator, and a softmax between two products.
 
 A softmax is a candidate when its result enters a matrix product over the axis it normalises and its
-input comes, entry by entry, from a product of two tensors that both depend on the inputs. The softmax of
-a router or of a pooling is neither.
+input comes, entry by entry, from a product of two tensors that both depend on the inputs. The
+softmax of a router or of a pooling is neither.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _value_products(softmax: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
 
 
 def _has_product(walk: Walk, softmax: fx.Node) -> bool:
-    """Whether a product of two data-dependent tensors lies close behind a softmax, over its axis."""
+    """Whether a product of two data-dependent tensors lies close behind, over the same axis."""
     frontier, seen = [softmax], {softmax}
     for _ in range(4 * _FARTHEST):
         if not frontier:

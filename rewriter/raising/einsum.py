@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,10 +32,10 @@ def lower_einsums(program: Program) -> None:
     for node in program.calls(aten.einsum.default):
         equation, operands = node.args[0], node.args[1]
         if isinstance(equation, str) and isinstance(operands, list | tuple) and len(operands) == 2:
-            _lower(program, node, equation.replace(" ", ""), list(operands))
+            _lower(program, node, equation.replace(" ", ""), operands)
 
 
-def _lower(program: Program, node: fx.Node, equation: str, operands: list[fx.Node]) -> None:
+def _lower(program: Program, node: fx.Node, equation: str, operands: Sequence[Any]) -> None:
     if "..." in equation or "->" not in equation:
         return
     inputs, out = equation.split("->")

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """Extents of the node's tensor, symbolic ones as their expressions; () when it is not a tensor."""
+    """Extents of the node's tensor, symbolic ones as expressions; () when it is no tensor."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ()
@@ -90,7 +90,7 @@ class Inserter:
         return self.call(aten.transpose.int, x, first, second)
 
     def reshape(self, x: fx.Node, shape: Sequence[Any]) -> fx.Node:
-        """x with the shape given by expressions; itself, or the source of a reshape that undoes it."""
+        """x with the shape given by expressions; the source of x when that has it."""
         wanted = tuple(shape)
         if shape_of(x) == wanted:
             return x
@@ -150,7 +150,7 @@ class Inserter:
 
 
 def _extent(extent: Any, like: Tensor) -> int | torch.SymInt:
-    """An extent as what a fake tensor's shape holds; inferring it from a reshape to -1 takes seconds."""
+    """An extent as a fake tensor holds it; having it inferred from a -1 takes seconds."""
     if isinstance(extent, int):
         return extent
     own = (e for e in like.shape if isinstance(e, torch.SymInt))
@@ -167,6 +167,6 @@ def _permutation(node: fx.Node) -> list[int]:
     if node.target is aten.permute.default:
         return [dim % rank for dim in node.args[1]]  # pyright: ignore
     order = list(range(rank))
-    first, second = (dim % rank for dim in node.args[1:])  # pyright: ignore
+    first, second = (dim % rank for dim in node.args[1:] if isinstance(dim, int))
     order[first], order[second] = order[second], order[first]
     return order

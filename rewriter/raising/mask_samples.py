@@ -1,4 +1,4 @@
-"""Sample what is added to attention scores: run the sub-graph at several lengths, no pattern needed.
+"""Sample what is added to attention scores: run the sub-graph at several lengths.
 
 Short lengths are sampled whole. Longer ones, chosen past every integer literal of the sub-graph (a
 window of 4096 looks causal below), are sampled at positions around those literals.
@@ -25,12 +25,12 @@ from rewriter.raising.evaluate import (
 from rewriter.raising.position_tables import POSITIONS
 from rewriter.raising.sampled_values import SampledValues
 
-__all__ = ["MASKED", "Lengths", "Sample", "Sampler", "Term", "Unclear", "sizes_for"]
+__all__ = ["MASKED", "Lengths", "Role", "Sample", "Sampler", "Term", "Unclear", "sizes_for"]
 
 Role = Literal["add", "keep", "hide", "gate"]
 
 MASKED = -1e4
-"""An additive term at or below this hides an entry; what models write is -1e4, -65504 or finfo.min."""
+"""An additive term at or below this hides an entry: models write -1e4, -65504 or finfo.min."""
 
 _WHOLE = (1, 3, 8, 33)
 _LONGER = 129
@@ -92,7 +92,7 @@ class Lengths:
 
 
 class Unclear(Exception):
-    """A term that is no mask of positions: it differs between rows of the batch or is not 0 or 1."""
+    """A term that is no mask of positions: it differs between batch rows, or is not 0 or 1."""
 
 
 class Sampler:
@@ -116,13 +116,13 @@ class Sampler:
         return any(isinstance(attribute(self.program, n), torch.nn.Parameter) for n in tables)
 
     def literals(self, terms: Iterable[Term]) -> tuple[int, ...]:
-        """Integers that the sub-graphs of the terms spell out, and sizes of the tables they read."""
+        """Integers that the sub-graphs of the terms spell out, and what their tables say."""
         found: set[int] = set()
         for node in needed([term.node for term in terms], {}):
             if node.op == "get_attr":
                 found |= _table_literals(attribute(self.program, node))
             else:
-                fx.node.map_aggregate((node.args, node.kwargs), lambda a: _collect(a, found))
+                found |= _integers((node.args, node.kwargs))
         self.spelled = sorted({*self.spelled, *(c for c in found if c <= _LARGEST_LITERAL)})
         usable = sorted(c for c in found if 2 < c <= _LARGEST_LITERAL)
         return tuple(usable[-_MOST_LITERALS:])
@@ -135,7 +135,7 @@ class Sampler:
         return min((limit for limit in limits if limit), default=_LARGEST_LITERAL * 4)
 
     def lengths(self, shape: Sequence[Any], literals: Sequence[int]) -> list[Lengths]:
-        """Every length to try for scores of a shape; a single one when the sequence is of fixed length."""
+        """Every length to try for scores of a shape; a single one when that is fixed."""
         q_extent, kv_extent = shape[-2:]
         dynamic = bool(_symbols_of((q_extent, kv_extent)))
         beyond = (c + 2 for c in literals if c > max(_WHOLE))
@@ -197,7 +197,7 @@ class Sampler:
         return self.values[key]
 
     def _input(self, node: fx.Node, sizes: dict[str, int], seed: int) -> Tensor:
-        """Positions count up; other inputs are random, or ones and zeros for the first two seeds."""
+        """Positions count up; other inputs are ones, zeros, and then random."""
         shape, value = concrete_shape(node, sizes), node.meta["val"]
         if node.name == POSITIONS:
             return torch.arange(shape[-1], device=value.device).expand(shape)
@@ -236,7 +236,7 @@ def _symbols_of(extents: Iterable[Any]) -> set[str]:
 
 
 def _table_literals(table: Tensor) -> set[int]:
-    """The numbers of a tiny constant; of a square table its end and the distances where it changes."""
+    """Numbers of a tiny constant; of a square table its end and where its rows change."""
     if table.numel() <= 4 and not table.is_complex():
         return {int(abs(x)) for x in table.flatten().tolist() if x == x and abs(x) < 1e9}
     size = table.shape[-1]
@@ -250,11 +250,14 @@ def _table_literals(table: Tensor) -> set[int]:
     return found
 
 
-def _collect(value: Any, found: set[int]) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
-        if value == int(value):
-            found.add(abs(int(value)))
-    return value
+def _integers(value: Any) -> set[int]:
+    """The sizes of all whole numbers in nested arguments."""
+    if isinstance(value, dict):
+        return _integers(list(value.values()))
+    if isinstance(value, list | tuple):
+        return {number for item in value for number in _integers(item)}
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+    return {abs(int(value))} if number and value == int(value) else set()
 
 
 def _per_head(

@@ -1,8 +1,8 @@
-"""What a mask means, found by running it: a kind and a span, ALiBi slopes, or a tensor that stays one.
+"""What a mask means, found by running it: a kind and a span, ALiBi slopes, or still a tensor.
 
-`describe` gets every term of an attention's scores, samples each at several lengths, and looks for the
-one rule of `rewriter.dialect.attention.MASKS` that predicts every sample. A span counts only if the
-samples tell it from its neighbours, so a mask that is off by one is never taken for another.
+`describe` gets every term of an attention's scores, samples each at several lengths, and looks for
+the one rule of `rewriter.dialect.attention.MASKS` that predicts every sample. A span counts only if
+the samples tell it from its neighbours, so a mask that is off by one is never taken for another.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class _Meaning:
     samples: dict[int, Sample] = field(default_factory=dict)
     reason: str = ""
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every entry is visible at every length."""
+        return all(bool(sample.keep.all()) for sample in self.samples.values())
+
 
 class Classifier:
     """Classifies the masks of one program; layers that share a mask share the work."""
@@ -83,37 +88,35 @@ class Classifier:
         literals = self.sampler.literals(terms)
         lengths = self.sampler.lengths(terms[0].shape, literals)
         meanings = {term: self._meaning(term, lengths, num_heads) for term in terms}
-        tensors = [t for t in terms if meanings[t].reason]
-        misses = [
-            Miss.at(t.node, "raise-mask", f"{meanings[t].reason}; it stays a tensor")
-            for t in tensors
-        ]
-        clear = [t for t in terms if t not in tensors]
-        used = [i for i in range(len(lengths)) if all(i in meanings[t].samples for t in clear)]
-        slopes: Tensor | None = None
-        for term in clear:
-            samples = [meanings[term].samples[i] for i in used]
+        unclear = [t for t in terms if meanings[t].reason]
+        clear = {t: meanings[t] for t in terms if t not in unclear}
+        used = [i for i in range(len(lengths)) if all(i in m.samples for m in clear.values())]
+        slopes, biases = self._added(clear, used, num_heads)
+        misses = [_stays(t, meanings[t].reason) for t in unclear]
+        joint = [_joint([m.samples[i] for m in clear.values()], causal) for i in used if clear]
+        rule = classify(joint, literals) if joint else ("causal" if causal else "full", 0)
+        if rule is None:
+            hiding = [t for t, m in clear.items() if t not in biases and not m.hides_nothing]
+            misses.extend(_stays(t, "the mask follows none of the known rules") for t in hiding[:1])
+            biases, rule = [*biases, *hiding], ("causal" if causal else "full", 0)
+        return MaskStructure(*rule, slopes, (*unclear, *biases), tuple(misses))
+
+    def _added(
+        self, clear: dict[Term, _Meaning], used: Sequence[int], num_heads: int
+    ) -> tuple[Tensor | None, list[Term]]:
+        """The sum of all ALiBi slopes, and the terms that add something else."""
+        slopes, biases = None, []
+        for term, meaning in clear.items():
+            samples = [meaning.samples[i] for i in used]
             learned = self.sampler.learned(term)
             if not learned and all(sample.added is None for sample in samples):
                 continue
             own = None if learned else alibi_slopes(samples, num_heads)
             if own is None:
-                tensors.append(term)
+                biases.append(term)
             else:
                 slopes = own if slopes is None else slopes + own
-        joint = [_joint([meanings[t].samples[i] for t in clear], causal) for i in used if clear]
-        rule = classify(joint, literals) if joint else (("causal" if causal else "full"), 0)
-        if rule is None:
-            structural = [t for t in clear if t not in tensors]
-            reason = "the mask follows none of the known rules; it stays a tensor"
-            misses.append(
-                Miss.at(structural[0].node if structural else terms[0].node, "raise-mask", reason)
-            )
-            hiding = [t for t in structural if not _hides_nothing(meanings[t])]
-            return MaskStructure(
-                "causal" if causal else "full", 0, slopes, (*tensors, *hiding), tuple(misses)
-            )
-        return MaskStructure(*rule, slopes, tuple(tensors), tuple(misses))
+        return slopes, biases
 
     def _meaning(self, term: Term, lengths: Sequence[Lengths], num_heads: int) -> _Meaning:
         """Samples of one term, or the reason why it cannot be understood."""
@@ -155,8 +158,8 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
     return first.shape == second.shape and torch.equal(first, second)
 
 
-def _hides_nothing(meaning: _Meaning) -> bool:
-    return all(bool(sample.keep.all()) for sample in meaning.samples.values())
+def _stays(term: Term, reason: str) -> Miss:
+    return Miss.at(term.node, "raise-mask", f"{reason}; it stays a tensor")
 
 
 def _joint(samples: Sequence[Sample], causal: bool) -> Sample:
@@ -223,7 +226,7 @@ def _suggest(kind: str, sample: Sample) -> int:
 
 
 def alibi_slopes(samples: Sequence[Sample], num_heads: int) -> Tensor | None:
-    """Slopes when every sample adds slope[h] · (j - i) up to a constant per row (softmax ignores it)."""
+    """Slopes when every sample adds slope[h] · (j - i), up to a constant in each row."""
     longest = max(samples, key=lambda sample: int(sample.rows[-1]))
     if longest.added is None or not torch.equal(longest.rows, longest.columns):
         return None

@@ -9,7 +9,7 @@ random weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,11 +64,22 @@ class Recipe:
 
 @dataclass
 class Region:
-    """Nodes around one root: what can be x first, then what can be y; and the weights they use."""
+    """Nodes around one root: what can be x first, then what can be y; and the weights they use.
+
+    Attributes:
+        roots: nodes[:roots] are the root and its ancestors.
+        weights: what is passed to the dialect operator; derived: nodes computed from weights alone.
+    """
 
     nodes: list[fx.Node]
-    roots: int  # nodes[:roots] are the root's ancestors
+    roots: int
     weights: list[fx.Node]
+    derived: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for regions that the same recipe fits."""
+        return region_key([*self.weights, *self.derived, *self.nodes]), self.roots
 
 
 def raise_norm(program: Program) -> list[Miss]:
@@ -80,15 +91,17 @@ def raise_norm(program: Program) -> list[Miss]:
     for node in list(program.graph.nodes):
         if not _is_root(node):
             continue
-        region = _region(node, depends)
-        key = (region_key([*region.weights, *region.nodes]), region.roots)
-        if key not in recipes:
-            recipes[key] = _find(program, region)
-        recipe = recipes[key]
-        if recipe is not None:
-            _apply(program, region, recipe)
-        elif any(n.target is aten.mean.dim for n in region.nodes[: region.roots]):
-            misses.append(_miss(node))
+        computed = _region(node, depends)
+        for region in (_with_parameters(computed), computed):
+            if region.key not in recipes:
+                recipes[region.key] = _find(program, region)
+            recipe = recipes[region.key]
+            if recipe is not None:
+                _apply(program, region, recipe)
+                break
+        else:
+            if any(n.target is aten.mean.dim for n in computed.nodes[: computed.roots]):
+                misses.append(_miss(node))
     program.finish()
     return misses
 
@@ -139,6 +152,14 @@ def _region(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> Region:
         forward.append(node)
         frontier.extend(node.users)
     return Region([*back, *forward], len(back), list(weights))
+
+
+def _with_parameters(region: Region) -> Region:
+    """The region in terms of parameters themselves, where it uses values computed from them."""
+    below = needed(region.weights, {})
+    parameters = [node for node in below if node.op == "get_attr"]
+    derived = [node for node in below if node.op != "get_attr"]
+    return Region(region.nodes, region.roots, parameters, derived)
 
 
 def _back(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> list[fx.Node]:
@@ -192,9 +213,10 @@ def _type(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _closed(source: fx.Node, output: fx.Node, region: Region) -> bool:
-    inside = set(region.nodes)
+    inside = {*region.nodes, *region.derived}
     between = needed([output], dict.fromkeys((source, *region.weights)))
-    return all(node in inside and node.target in _POINTWISE | _REDUCTIONS for node in between)
+    known = _POINTWISE | _REDUCTIONS
+    return all(node in inside and node.target in known for node in between)
 
 
 def _reference(region: Region, recipe: Recipe) -> Callable[[Mapping[fx.Node, Tensor]], Tensor]:

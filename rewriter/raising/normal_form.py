@@ -1,9 +1,10 @@
-"""One spelling for what traces spell in many ways, so that recognisers see data flow and nothing else.
+"""One spelling for what traces spell in many ways, so that recognisers see data flow alone.
 
 In place and linear in the number of nodes: operators that return their input (aliases, clones, full
-slices, same-dtype casts, dropout at inference, times one, plus zero) go, views become `reshape`, equal
-calls are merged (layers then share one mask and one rotary table), and sizes of one symbol become one
-node. A traced graph is functional, so a clone is its input; where an operator mutates, clones stay.
+slices, same-dtype casts, dropout at inference, times one, plus zero) go, views become `reshape`,
+einsums `matmul`, equal calls are merged (layers then share one mask and one rotary table), and
+sizes of one symbol become one node. A traced graph is functional, so a clone is its input; where an
+operator mutates, clones stay.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _respell(node: fx.Node) -> None:
-    """Views become `reshape`, of the first tensor in a row of them; permuting two dims is a transpose."""
+    """Views become one `reshape`; permuting two dimensions becomes a transpose."""
     if node.target in _VIEWS:
         node.target = aten.reshape.default
         source = node.args[0]

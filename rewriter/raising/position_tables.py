@@ -38,8 +38,13 @@ def _has_range(node: fx.Node, ranged: dict[fx.Node, bool]) -> bool:
     """Whether positions counted by the graph itself (`arange`) are among the node's ancestors."""
     for current in needed([node], ranged):
         below = any(ranged.get(operand, False) for operand in current.all_input_nodes)
-        ranged[current] = current.target in _RANGES or below
+        ranged[current] = below or _counts(current)
     return ranged[node]
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether the node counts up to an extent of the input; a constant range does not."""
+    return node.target in _RANGES and bool(node.all_input_nodes)
 
 
 def random_positions(
@@ -88,7 +93,7 @@ def clone_positions(
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], old: fx.Node) -> fx.Node:
     if node.op == "placeholder":
         raise RewriteError(f"{node.name} is not a position: tables depend on {old.name} only")
-    if node.target in _RANGES:
+    if _counts(node):
         raise RewriteError(f"{node.name} counts positions by itself instead of reading {old.name}")
     source = node.args[0] if node.args else None
     if node.target in SHAPE_ONLY and source not in copies:

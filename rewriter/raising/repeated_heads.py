@@ -1,4 +1,4 @@
-"""Keys and values before they were repeated for the heads of a group: found by running the repeat."""
+"""Keys and values before they were repeated for the heads of a group, found by running it."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ _LARGEST_REGION = 200
 
 
 def peel_repeat(program: Program, insert: Inserter, x: fx.Node) -> fx.Node:
-    """bhsd keys or values with as few heads as give x when each is repeated; x when it is no repeat.
+    """bhsd keys or values with as few heads as give x when repeated; x when it is no repeat.
 
-    A chain of views and copies is followed back; a tensor in it counts when repeating its heads gives
-    x on random values, so a repeat in another order of heads is left alone.
+    A chain of views and copies is followed back; a tensor in it counts when repeating its heads
+    gives x on random values, so a repeat in another order of heads is left alone.
     """
     best: Reading | None = None
     for source in _chain(x):
@@ -67,7 +67,7 @@ def peel_repeat(program: Program, insert: Inserter, x: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class Reading:
-    """A tensor read as bhsd: its shape with extra ones dropped, heads and sequence perhaps swapped."""
+    """A tensor read as bhsd: extra ones dropped, heads and sequence perhaps swapped."""
 
     source: fx.Node
     shape: tuple[Any, ...]  # bhsd

@@ -1,7 +1,7 @@
 """Values of a large position-only tensor at chosen indices, without building the tensor.
 
-A mask of length n has n² entries; whether a window of 32768 is one shows at a few hundred of them. The
-demand for indices is passed down through pointwise operators and views to tensors that are small.
+A mask of length n has n² entries; whether a window of 32768 is one shows at a few hundred of them.
+The demand for indices is passed down through pointwise operators and views to small tensors.
 """
 
 from __future__ import annotations

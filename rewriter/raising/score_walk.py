@@ -1,8 +1,8 @@
-"""Walk back from a softmax to the product of queries and keys, collecting what happens to the scores.
+"""Walk back from a softmax to the product of queries and keys: what happens to the scores.
 
 Each operator on the way is undone: scalars multiply into one scale, sums and masks become terms,
-tanh between two scalars is a soft-cap, a concatenated column is an attention sink. The walk fails with
-the first node it cannot undo.
+tanh between two scalars is a soft-cap, a concatenated column is an attention sink. The walk fails
+with the first node it cannot undo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from rewriter.program import Program
 from rewriter.raising.evaluate import attribute, depends_on, evaluate
 from rewriter.raising.insertion import shape_of
-from rewriter.raising.mask_samples import MASKED, Term
+from rewriter.raising.mask_samples import MASKED, Role, Term
 
 __all__ = ["PRODUCTS", "Scores", "Unknown", "Walk"]
 
@@ -156,10 +156,12 @@ class Walk:
         return replace(scores, product=node)
 
     def _floor(self, node: fx.Node, scores: Scores) -> Result:
-        low = self.scalar(node.args[1]) if len(node.args) > 1 else None
-        if low is None or low > MASKED or len(node.args) > 2:
+        """A lower bound that only hidden entries reach."""
+        x, *bounds = node.args
+        low = self.scalar(bounds[0]) if len(bounds) == 1 else None
+        if low is None or low > MASKED:
             return Unknown(node, "scores are clamped")
-        return self.back(node.args[0], scores)
+        return self.back(x, scores)
 
     def _mul(self, node: fx.Node, scores: Scores) -> Result:
         first, second = node.args[:2]
@@ -174,7 +176,7 @@ class Walk:
         return Unknown(node, "scores are multiplied by a tensor")
 
     def _mul_tensor(self, node: fx.Node, x: Any, factor: Any, scores: Scores) -> Result:
-        """A factor per row is a factor of the queries; one that varies by entry has to be a mask."""
+        """A factor per row is one of the queries; one that varies by entry has to be a mask."""
         if shape_of(factor)[-1:] == (1,):
             return self.back(x, replace(scores, row_scales=(*scores.row_scales, factor)))
         if self.data_dependent(factor):
@@ -234,7 +236,11 @@ class Walk:
         if scores.softcap or scores.row_scales:
             return Unknown(node, _TOO_EARLY)
         condition, first, second = node.args[:3]
-        for x, other, role in ((first, second, "keep"), (second, first, "hide")):
+        roles: tuple[tuple[Any, Any, Role], ...] = (
+            (first, second, "keep"),
+            (second, first, "hide"),
+        )
+        for x, other, role in roles:
             low = self.scalar(other)
             if low is not None and low * scores.scale <= MASKED and isinstance(condition, fx.Node):
                 term = Term(condition, role, shape_of(node))
@@ -267,8 +273,7 @@ class Walk:
 
 
 def _is_last_axis(node: fx.Node) -> bool:
-    rank = len(shape_of(node.args[0]))  # pyright: ignore[reportArgumentType]
     dims = node.args[1] if len(node.args) > 1 else []
-    dims = [dims] if isinstance(dims, int) else dims
-    keepdim = len(node.args) > 2 and node.args[2]
-    return bool(keepdim) and [d % rank for d in dims] == [rank - 1]  # pyright: ignore
+    last = dims if isinstance(dims, list | tuple) else [dims]
+    keepdim = len(node.args) > 2 and bool(node.args[2])
+    return keepdim and list(last) in ([-1], [len(shape_of(node)) - 1])

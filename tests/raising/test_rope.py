@@ -122,7 +122,7 @@ def test_scaling_by_position_is_a_miss_with_its_node() -> None:
     assert len(misses) == 2
     assert misses[0].subject == "raise-rope"
     assert "not a rotation" in misses[0].reason
-    assert "in scaled" in misses[0].source
+    assert "in forward" in misses[0].source
 
 
 def test_wrong_sign_is_not_a_rotation() -> None:

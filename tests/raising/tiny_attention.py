@@ -44,7 +44,10 @@ class TinyAttention(nn.Module):
 def inputs(batch_size: int = 2, seq: int = 11) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seq)
     positions = torch.arange(seq).expand(batch_size, seq).contiguous()
-    return {"x": torch.randn(batch_size, seq, HIDDEN, generator=generator), "position_ids": positions}
+    return {
+        "x": torch.randn(batch_size, seq, HIDDEN, generator=generator),
+        "position_ids": positions,
+    }
 
 
 def captured(model: nn.Module, example: dict[str, Tensor]) -> Program:
