@@ -49,7 +49,7 @@ class Session:
                 raise ConfigError(field, value, "an integer of at least 1")
         self.program, self.batch_size, self.capacity = program, batch_size, capacity
         self._decoding: Decoding = program.decoding
-        self._run = run or program.module
+        self._run = program.module if run is None else run
         self._names = [node.name for node in program.placeholders()]
         self._logits = logits_index(program)
         self._chunk = _smallest(prefill_chunk, self._decoding.max_chunk)

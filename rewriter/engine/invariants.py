@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import torch
 from torch import Tensor, fx
 
+from rewriter.engine.shapes import Shapes, same_form
 from rewriter.errors import RewriteError
 from rewriter.program import Program
 
-__all__ = ["check_program", "check_replacement"]
+__all__ = [
+    "check_known",
+    "check_outputs",
+    "check_program",
+    "check_replacement",
+    "outputs_of",
+]
+
+_PLAIN = frozenset(filter(callable, vars(operator).values())) | {
+    torch.sym_max,
+    torch.sym_min,
+    torch.sym_not,
+    torch.sym_float,
+    torch.sym_int,
+}
+"""Python functions a graph may call, on numbers; everything else is an operator with a schema."""
 
 
 def check_program(program: Program, what: str) -> None:
@@ -20,32 +40,71 @@ def check_program(program: Program, what: str) -> None:
         program.finish()
     except (RuntimeError, ValueError) as error:
         raise RewriteError(f"{what} left a malformed graph: {error}") from error
+    declared = [spec.name for spec in program.signature.inputs]
     names = {node.name for node in program.placeholders()}
-    missing = [spec.name for spec in program.signature.inputs if spec.name not in names]
-    if missing:
-        raise RewriteError(f"{what} removed the model's input {missing[0]!r}")
+    for name in declared:
+        if name not in names:
+            raise RewriteError(f"{what} removed the model's input {name!r}")
     if program.decoding is None:
+        if names > set(declared):
+            raise RewriteError(f"{what} added the input {min(names - set(declared))!r}")
         return
     for spec in program.decoding.states:
         if spec.name not in names:
-            raise RewriteError(f"{what} declares state {spec.name!r}, which is no input of the graph")
+            raise RewriteError(f"{what} declares state {spec.name!r}, which is no input")
 
 
-def check_replacement(old: fx.Node, new: fx.Node, what: str) -> None:
-    """The value that took a node's place has its dtype and number of dimensions.
+def check_known(node: fx.Node, what: str) -> None:
+    """A new node calls an operator that can be printed, saved and lowered.
 
-    Extents are compared where both are known numbers. Raises RewriteError.
+    Raises:
+        RewriteError: it calls something else.
     """
-    before, after = old.meta.get("val"), new.meta.get("val")
+    allowed = "an operator of torch.ops, or a function of the operator module"
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return
+    known = isinstance(target, torch._ops.OpOverload) or (callable(target) and target in _PLAIN)
+    if node.op != "call_function" or not known:
+        raise RewriteError(f"{what} put in {node.op} {target}; allowed: {allowed}")
+
+
+def check_replacement(old: fx.Node, new: fx.Node, shapes: Shapes, what: str) -> None:
+    """The value that took a node's place has its dtype and shape, as its operator computes them.
+
+    Raises:
+        RewriteError: it has not.
+    """
+    before, after = shapes.values.get(old.name), shapes.values.get(new.name)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return
     if before.dtype != after.dtype:
-        raise RewriteError(f"{what} changed the dtype of {old.name}: {before.dtype} to {after.dtype}")
-    fixed = [
-        (a, b)
-        for a, b in zip(before.shape, after.shape, strict=False)
-        if isinstance(a, int) and isinstance(b, int)
-    ]
-    if before.dim() != after.dim() or any(a != b for a, b in fixed):
-        shapes = f"{list(before.shape)} to {list(after.shape)}"
-        raise RewriteError(f"{what} changed the shape of {old.name}: {shapes}")
+        change = f"{before.dtype} to {after.dtype}"
+        raise RewriteError(f"{what} changed the dtype of {old.name}: {change}")
+    if before.shape != after.shape:
+        change = f"{list(before.shape)} to {list(after.shape)}"
+        raise RewriteError(f"{what} changed the shape of {old.name}: {change}")
+
+
+def check_outputs(program: Program, expected: tuple[Any, ...], shapes: Shapes, what: str) -> None:
+    """What the program returns keeps number, dtypes and shapes.
+
+    Args:
+        expected: fake values of the outputs before, None where unknown; see `outputs_of`.
+
+    Raises:
+        RewriteError: an output differs.
+    """
+    found = outputs_of(program, shapes)
+    if len(found) != len(expected):
+        raise RewriteError(f"{what} changed the number of outputs: {len(expected)} to {len(found)}")
+    for index, (before, after) in enumerate(zip(expected, found, strict=True)):
+        if before is not None and after is not None and not same_form(before, after):
+            raise RewriteError(f"{what} changed output {index}: {before} to {after}")
+
+
+def outputs_of(program: Program, shapes: Shapes) -> tuple[Any, ...]:
+    """Fake values of the outputs, None where unknown."""
+    outputs = program.graph.output_node().args[0]
+    assert isinstance(outputs, tuple | list)
+    return tuple(shapes.values.get(node.name) for node in outputs if isinstance(node, fx.Node))

@@ -11,7 +11,7 @@ from rewriter.dialect import OPS
 from rewriter.program import Program
 from rewriter.source import layer_index, source_line
 
-__all__ = ["Site", "bound_arguments", "sites", "tensor_arguments"]
+__all__ = ["Site", "bound_arguments", "number_sites", "sites", "tensor_arguments"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,22 @@ def tensor_arguments(site: Site) -> tuple[fx.Node | None, ...]:
     return tuple(values[name] for name in tensors)
 
 
+def number_sites(program: Program) -> None:
+    """Fix the index of every anchor, so that it does not move when others are rewritten or not."""
+    for op in OPS.values():
+        for index, node in enumerate(program.calls(op.overload)):
+            node.meta.setdefault("site_index", index)
+
+
 def sites(program: Program, op: str) -> list[Site]:
     """Every place where the dialect operator `op` stands, in graph order."""
     if op == "program":
         return [Site(program, op, None, 0, None)]
+    found: dict[int, Site] = {}
     calls = program.calls(OPS[op].overload)
-    return [Site(program, op, node, i, layer_index(node)) for i, node in enumerate(calls)]
+    for node in calls:
+        index = node.meta.get("site_index", 0)
+        while index in found:  # two nodes made of one
+            index += len(calls)
+        found[index] = Site(program, op, node, index, layer_index(node))
+    return list(found.values())

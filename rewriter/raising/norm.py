@@ -47,8 +47,8 @@ _POINTWISE = frozenset(
     }
 )
 _REDUCTIONS = frozenset({aten.mean.dim, aten.var.dim, aten.var.correction, aten.sum.dim_IntList})
-_FARTHEST = 9
-"""Nodes from the root back to x, and from the root on to y: casts, offsets, weight and bias."""
+_FARTHEST_BACK, _FARTHEST_ON = 9, 24
+"""Nodes from the root back to x, and on to every y: casts, offsets, weights and biases."""
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,46 @@ class Region:
 def raise_norm(program: Program) -> list[Miss]:
     """Replace normalisations over the last dimension by `rewriter::rms_norm` and `layer_norm`."""
     _raise_calls(program)
-    depends: dict[fx.Node, frozenset[str]] = {}
-    recipes: dict[Hashable, Recipe | None] = {}
+    search = _Search(program)
     misses: list[Miss] = []
-    for node in list(program.graph.nodes):
-        if not _is_root(node):
-            continue
-        computed = _region(node, depends)
-        for region in (_with_parameters(computed), computed):
-            if region.key not in recipes:
-                recipes[region.key] = _find(program, region)
-            recipe = recipes[region.key]
-            if recipe is not None:
-                _apply(program, region, recipe)
-                break
-        else:
-            if any(n.target is aten.mean.dim for n in computed.nodes[: computed.roots]):
-                misses.append(_miss(node))
+    for root in [node for node in program.graph.nodes if _is_root(node)]:
+        if not search.raise_root(root) and search.has_mean(root):
+            misses.append(_miss(root))
     program.finish()
     return misses
+
+
+class _Search:
+    """One walk over a program; caches what does not change while it runs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.depends: dict[fx.Node, frozenset[str]] = {}
+        self.recipes: dict[Hashable, Recipe | None] = {}
+
+    def raise_root(self, root: fx.Node) -> int:
+        """Raise every norm that uses the root (norms of one x share it); how many there were."""
+        count = 0
+        while root.users:
+            computed = _region(root, self.depends)
+            found = (r for r in (_with_parameters(computed), computed) if self.recipe(r))
+            region = next(found, None)
+            if region is None:
+                break
+            _apply(self.program, region, self.recipe(region))
+            count += 1
+        return count
+
+    def recipe(self, region: Region) -> Recipe | None:
+        """What fits the region; searched once for all regions of its structure."""
+        key = region.key
+        if key not in self.recipes:
+            self.recipes[key] = _find(self.program, region)
+        return self.recipes[key]
+
+    def has_mean(self, root: fx.Node) -> bool:
+        """Whether the root is of a mean, as in a norm."""
+        return any(node.target is aten.mean.dim for node in _back(root, self.depends))
 
 
 def _miss(node: fx.Node) -> Miss:
@@ -139,7 +160,7 @@ def _region(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> Region:
     forward, inside = [], set(back)
     frontier = [user for node in back for user in node.users]
     weights: dict[fx.Node, None] = {}
-    while frontier and len(forward) < _FARTHEST:
+    while frontier and len(forward) < _FARTHEST_ON:
         node = min(frontier)
         frontier.remove(node)
         if node in inside or node.target not in _POINTWISE:
@@ -165,7 +186,7 @@ def _with_parameters(region: Region) -> Region:
 def _back(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> list[fx.Node]:
     """The root's ancestors over pointwise operators and reductions, in graph order."""
     seen, frontier = {root}, [root]
-    while frontier and len(seen) <= _FARTHEST:
+    while frontier and len(seen) <= _FARTHEST_BACK:
         node = max(frontier)
         frontier.remove(node)
         if node.target not in _POINTWISE and node.target not in _REDUCTIONS:
@@ -177,9 +198,8 @@ def _back(root: fx.Node, depends: dict[fx.Node, frozenset[str]]) -> list[fx.Node
 
 
 def _find(program: Program, region: Region) -> Recipe | None:
-    """The pair that covers most: the latest y with nothing used before it, the earliest x."""
-    outputs = sorted(range(region.roots, len(region.nodes)), key=lambda y: (_sealed(region, y), y))
-    for y in reversed(outputs):
+    """The pair that covers most: the latest y, then the earliest x."""
+    for y in reversed(range(region.roots, len(region.nodes))):
         for x in range(region.roots):
             source, output = region.nodes[x], region.nodes[y]
             if _type(source) == _type(output) and _closed(source, output, region):
@@ -199,12 +219,6 @@ def _fit(program: Program, region: Region, x: int, y: int) -> Recipe | None:
             if agrees(program, output, inputs, reference, sizes=sizes, exact=exact):
                 return recipe
     return None
-
-
-def _sealed(region: Region, y: int) -> bool:
-    """Whether only y, of the nodes behind the root up to y, is used by the rest of the graph."""
-    inside = set(region.nodes[: y + 1])
-    return all(user in inside for node in region.nodes[region.roots : y] for user in node.users)
 
 
 def _type(node: fx.Node) -> tuple[Any, ...]:
@@ -232,7 +246,12 @@ def _reference(region: Region, recipe: Recipe) -> Callable[[Mapping[fx.Node, Ten
 def _hypotheses(region: Region, x: int, y: int) -> Iterator[Recipe]:
     """Every way to use the literals and weights of the region."""
     width = region.nodes[x].meta["val"].shape[-1]
-    vectors = [i for i, w in enumerate(region.weights) if tuple(w.meta["val"].shape) == (width,)]
+    used = set(needed([region.nodes[y]], {region.nodes[x]: None}))
+    vectors = [
+        i
+        for i, weight in enumerate(region.weights)
+        if weight in used and tuple(weight.meta["val"].shape) == (width,)
+    ]
     for eps in _literals(region):
         yield Recipe(rms_norm, x, y, (), (("eps", eps),))
         for weight in vectors:
@@ -254,7 +273,13 @@ def _literals(region: Region) -> list[float]:
     return [*dict.fromkeys(float(value) for value in found)] or [0.0]
 
 
-def _apply(program: Program, region: Region, recipe: Recipe) -> None:
+def _apply(program: Program, region: Region, recipe: Recipe | None) -> None:
+    """Put the dialect operator in the place of y, and drop what only y used."""
+    if recipe is None:
+        return
     tensors = tuple(region.weights[i] for i in recipe.tensors)
     args = (region.nodes[recipe.x], *tensors)
     replace_by(program, region.nodes[recipe.y], recipe.op.overload, args, dict(recipe.literals))
+    for node in reversed(region.nodes):
+        if not node.users and node is not region.nodes[region.roots - 1]:
+            program.graph.erase_node(node)

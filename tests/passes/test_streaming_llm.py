@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from rewriter.errors import ConfigError
 from tests.passes.derived import derived, prepared, rewritten, run
 from tests.passes.slow_llama import SlowLlama
 
-STORIES = Path(os.environ.get("REWRITER_DATA", "data")) / "stories260k"
 CHECKED = ((0, 600), (5_000, 5_001), (12_345, 12_350), (19_980, 20_000))
 """Steps of the endless run, [first, last), that are compared."""
 TOKENS = torch.arange(40).remainder(61).view(1, 40)
@@ -155,14 +153,14 @@ def test_knobs_out_of_range(knobs: dict[str, Any]) -> None:
         StreamingLLM(**knobs)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="no stories260k checkpoint under REWRITER_DATA")
-def test_endless() -> None:
+@pytest.mark.timeout(600)
+def test_endless(stories260k: Path) -> None:
     """20,000 tokens: constant memory, finite, and like the slow reference wherever it is checked.
 
     A token reaches back through at most W entries a layer and the sinks, so from the sinks and the
     last layers · W tokens the reference rebuilds the whole state, whatever the program did before.
     """
-    model = AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    model = AutoModelForCausalLM.from_pretrained(stories260k).eval()
     method = StreamingLLM(num_sink_tokens=4, recent_window=252)
     session = Session(rewritten(derived(model), method).program, 1)
     state_bytes, tokens, checked = session.state_bytes(), [1], {}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from tests.raising.tiny_attention import HEAD_DIM, TinyAttention, captured, inputs, same_outputs
 from torch import Tensor
 
-from rewriter.engine.site import bound_arguments
+from rewriter.errors import RewriteError
 from rewriter.program import Program
 from rewriter.raising.position_tables import clone_positions
 from rewriter.raising.rope import raise_rope, rope_tables
+from tests.raising.tiny_attention import (
+    HEAD_DIM,
+    Rotation,
+    TinyAttention,
+    TinyStack,
+    captured,
+    inputs,
+    same_outputs,
+)
 
 ROPE = torch.ops.rewriter.rope.default
 ATTENTION = torch.ops.rewriter.attention.default
@@ -78,26 +84,31 @@ def opposite(x: Tensor, positions: Tensor) -> Tensor:
 SPELLINGS = [llama, halves, interleaved, complex_product, partial, opposite, pairs_to_halves]
 
 
-@pytest.mark.parametrize("rotate", SPELLINGS)
-def test_spelling_is_raised(rotate: Callable[[Tensor, Tensor], Tensor]) -> None:
-    model = TinyAttention(rotate)
+@pytest.fixture(scope="module")
+def stack() -> tuple[Program, TinyStack]:
+    model = TinyStack(*SPELLINGS, at_the_end)
     program = captured(model, inputs())
     assert raise_rope(program) == []
-    (attention,) = program.calls(ATTENTION)
+    return program, model
+
+
+@pytest.mark.parametrize("rotate", SPELLINGS)
+def test_spelling_is_raised(stack: tuple[Program, TinyStack], rotate: Rotation) -> None:
+    attention = stack[0].calls(ATTENTION)[SPELLINGS.index(rotate)]
     q, k = attention.args[:2]
     assert q.target is ROPE and k.target is ROPE
-    pairwise = rotate in (interleaved, complex_product)
-    assert q.kwargs["interleaved"] is pairwise
-    for seq in (1, 13):
-        same_outputs(program, model, **inputs(3, seq))
+    assert q.kwargs["interleaved"] is (rotate in (interleaved, complex_product))
 
 
-def test_part_at_the_end_stays_a_concatenation() -> None:
-    model = TinyAttention(at_the_end)
-    program = captured(model, inputs())
-    assert raise_rope(program) == []
-    assert len(program.calls(ROPE)) == 2
-    same_outputs(program, model, **inputs(3, 7))
+def test_part_at_the_end_stays_a_concatenation(stack: tuple[Program, TinyStack]) -> None:
+    attention = stack[0].calls(ATTENTION)[-1]
+    assert attention.args[0].target is torch.ops.aten.cat.default
+    assert len(stack[0].calls(ROPE)) == 2 * len(SPELLINGS) + 2
+
+
+@pytest.mark.parametrize("seq", [1, 13])
+def test_outputs_stay(stack: tuple[Program, TinyStack], seq: int) -> None:
+    same_outputs(*stack, **inputs(3, seq))
 
 
 def test_rotation_before_the_transpose_moves_behind_it() -> None:
@@ -141,27 +152,30 @@ def test_no_positions_no_miss() -> None:
     assert raise_rope(program) == []
 
 
-def _tables_at(program: Program, positions: Tensor) -> list[Tensor]:
-    """The tables of the first rotation, evaluated through `clone_positions`."""
-    node = program.calls(ROPE)[0]
+@pytest.mark.parametrize("rotate", [llama, interleaved, complex_product, partial])
+def test_tables_on_other_positions(stack: tuple[Program, TinyStack], rotate: Rotation) -> None:
+    program = stack[0].clone()
+    node = program.calls(ROPE)[2 * SPELLINGS.index(rotate)]
     old = program.placeholder("position_ids")
-    assert old is not None
     with program.graph.inserting_after(program.placeholders()[-1]):
         new = program.graph.placeholder("slots")
     copies = clone_positions(program, rope_tables(node), {old: new}, before=node)
     program.graph.output_node().args = (tuple(copies),)
     program.finish()
-    return list(program(**inputs(2, 5), slots=positions))
-
-
-@pytest.mark.parametrize("rotate", [llama, interleaved, complex_product, partial])
-def test_tables_on_other_positions(rotate: Callable[[Tensor, Tensor], Tensor]) -> None:
-    program = captured(TinyAttention(rotate), inputs())
-    raise_rope(program)
-    assert set(bound_arguments(program.calls(ROPE)[0])) >= {"cos", "sin"}
     slots = torch.randint(0, 90, (2, 37))
-    cos, sin = _tables_at(program, slots)
+    cos, sin = program(**inputs(2, 5), slots=slots)
     angle = _angles(slots, 2 * cos.shape[-1])
     scale = 1.1 if rotate is llama else 1.0
     torch.testing.assert_close(cos.expand_as(angle), angle.cos() * scale)
     torch.testing.assert_close(sin.expand_as(angle), angle.sin() * scale)
+
+
+def test_tables_of_counted_positions_cannot_be_cloned() -> None:
+    def counted(x: Tensor, positions: Tensor) -> Tensor:
+        return llama(x, torch.arange(positions.shape[1])[None] + 0 * positions)
+
+    program = captured(TinyAttention(counted), inputs())
+    assert raise_rope(program) == []
+    node, old = program.calls(ROPE)[0], program.placeholder("position_ids")
+    with pytest.raises(RewriteError, match="counts positions by itself"):
+        clone_positions(program, rope_tables(node), {old: old}, before=node)
