@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+
+from rewriter.capture.functional import functionalize
 
 __all__ = ["flat_graph"]
 
@@ -19,9 +22,8 @@ def flat_graph(exported: ExportedProgram, names: Sequence[str | None]) -> fx.Gra
     Args:
         names: of the inputs in order; None for a constant, whose placeholder is dropped.
     """
-    source = exported.module(check_guards=False)
+    source, exported = _functional(exported)
     graph = source.graph
-    graph.set_codegen(fx.CodeGen())
     _drop_checks(graph)
     _name_inputs(graph, names)
     graph.eliminate_dead_code()
@@ -29,6 +31,20 @@ def flat_graph(exported: ExportedProgram, names: Sequence[str | None]) -> fx.Gra
     module = fx.GraphModule(source, graph, class_name="Captured")
     _own_mutated_buffers(module, exported)
     return module
+
+
+def _functional(exported: ExportedProgram) -> tuple[fx.GraphModule, ExportedProgram]:
+    """The graph as functional ATen, and the program that it comes from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = exported.module(check_guards=False)
+        source.graph.set_codegen(fx.CodeGen())
+        if functionalize(source.graph):
+            return source, exported
+        exported = exported.run_decompositions({})
+        source = exported.module(check_guards=False)
+        source.graph.set_codegen(fx.CodeGen())
+        return source, exported
 
 
 def _drop_checks(graph: fx.Graph) -> None:

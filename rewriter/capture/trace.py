@@ -30,7 +30,7 @@ class Trace:
     """An exported program and what was asked of it.
 
     Attributes:
-        exported: functional ATen, as `run_decompositions({})` leaves it.
+        exported: what torch.export gave; not functional yet.
         names: of its inputs in order; None for a constant.
         asked: every dimension that could be dynamic; `wanted`: those this trace asked for.
         reason: why `wanted` is less than `asked`; "" when it is not.
@@ -92,7 +92,7 @@ def _export(model: nn.Module, call: Call, wanted: Wanted) -> tuple[ExportedProgr
             traced, (), call.tensors, dynamic_shapes=shapes, strict=False
         )
         seconds = time.perf_counter() - started
-        return exported.run_decompositions({}), seconds
+        return exported, seconds
 
 
 def _flat_forward(forward: Callable[..., Any], call: Call) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.errors import ConfigError
 
-__all__ = ["format_spec", "knobs", "parse_spec"]
+__all__ = ["format_default", "format_spec", "knobs", "parse_spec"]
 
 _SPEC = re.compile(r"^(?P<name>[a-z0-9][a-z0-9-]*)(?:\{(?P<knobs>.*)\})?$")
 
@@ -59,6 +59,11 @@ def knobs(kind: type[RewritePass]) -> dict[str, Any]:
     """Knob names and their types."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def format_default(field: dataclasses.Field[Any]) -> str:
+    """A knob's default as it is written in a spec."""
+    return _format(field.default)
 
 
 def _one_of(given: str, allowed: Mapping[str, Any]) -> str:

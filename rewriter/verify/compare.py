@@ -5,7 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["logit_metrics", "relative_error", "relative_l2"]
+from rewriter.errors import RewriterError
+
+__all__ = ["CANNOT_RUN", "logit_metrics", "relative_error", "relative_l2"]
+
+CANNOT_RUN = (
+    RewriterError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What running a wrong program raises; running out of memory and interrupts are not its fault."""
 
 
 def relative_error(candidate: Tensor, reference: Tensor) -> float:

@@ -102,9 +102,10 @@ def _whole_tokens(original: Program, verification: Verification) -> Iterator[Fla
 
 def _module_inputs(original: Program, seed: int) -> Iterator[FlatScenario]:
     dims = {d for spec in original.signature.inputs for d in spec.dims if isinstance(d, str)}
-    yield _module_call(original, _traced_extents(original), seed)
-    for i, sizes in enumerate(MODULE_SIZES if dims else ()):
-        yield _module_call(original, sizes, seed + 1 + i)
+    traced = _traced_extents(original)
+    yield _module_call(original, traced, seed, masked=False)
+    for i, sizes in enumerate(MODULE_SIZES if dims else (traced,)):
+        yield _module_call(original, sizes, seed + 1 + i, masked=True)
 
 
 def _traced_extents(original: Program) -> dict[str, int]:
@@ -120,11 +121,13 @@ def _traced_extents(original: Program) -> dict[str, int]:
     return extents
 
 
-def _module_call(original: Program, sizes: Mapping[str, int], seed: int) -> FlatScenario:
+def _module_call(
+    original: Program, sizes: Mapping[str, int], seed: int, *, masked: bool
+) -> FlatScenario:
     generator = torch.Generator().manual_seed(seed)
     device = device_of(original)
     inputs = {
-        spec.name: _random(original, spec, sizes, generator).to(device)
+        spec.name: _random(original, spec, sizes, generator, masked).to(device)
         for spec in original.signature.inputs
     }
     shown = ", ".join(f"{name} {_sizes(value) or 'number'}" for name, value in inputs.items())
@@ -132,18 +135,25 @@ def _module_call(original: Program, sizes: Mapping[str, int], seed: int) -> Flat
 
 
 def _random(
-    original: Program, spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator
+    original: Program,
+    spec: InputSpec,
+    sizes: Mapping[str, int],
+    generator: torch.Generator,
+    masked: bool,
 ) -> Tensor:
-    """Values that the input can take; a mask of numbers is all ones."""
+    """Values that the input can take; what indexes no table is a mask, all ones unless `masked`."""
     shape = [sizes.get(dim, OTHER_EXTENT) if isinstance(dim, str) else dim for dim in spec.dims]
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(spec.dtype)
     if spec.dtype.is_complex:
         raise VerificationError(f"input {spec.name} is complex; give verify=False")
-    rows = _table_rows(original, spec.name)
-    if spec.dtype == torch.bool or rows is None:
-        return torch.ones(shape, dtype=spec.dtype)
-    return torch.randint(0, rows, shape, generator=generator, dtype=spec.dtype)
+    rows = None if spec.dtype == torch.bool else _table_rows(original, spec.name)
+    if rows is not None:
+        return torch.randint(0, rows, shape, generator=generator, dtype=spec.dtype)
+    mask = torch.ones(shape, dtype=spec.dtype)
+    if masked and mask.dim() > 1:
+        mask[..., 1:] = torch.randint(0, 2, mask[..., 1:].shape, generator=generator)
+    return mask
 
 
 def _table_rows(original: Program, name: str) -> int | None:

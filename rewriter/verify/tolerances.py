@@ -6,7 +6,7 @@ import torch
 
 from rewriter.engine.rewrite_pass import Fidelity
 
-__all__ = ["END_TO_END", "IMPLEMENTATION", "tolerance"]
+__all__ = ["END_TO_END", "IMPLEMENTATION", "end_to_end_tolerance", "tolerance"]
 
 IMPLEMENTATION: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -32,6 +32,13 @@ END_TO_END: dict[torch.dtype, float] = {
 
 def tolerance(fidelity: Fidelity, dtype: torch.dtype) -> float:
     """What a site's relative error has to stay below; 0 demands bitwise equality."""
-    if fidelity is Fidelity.EXACT:
+    if fidelity is Fidelity.EXACT or not dtype.is_floating_point:
         return 0.0
     return IMPLEMENTATION.get(dtype, IMPLEMENTATION[torch.float16])
+
+
+def end_to_end_tolerance(dtype: torch.dtype) -> float:
+    """What the relative error of an output has to stay below; numbers that are not real are exact."""
+    if not dtype.is_floating_point:
+        return 0.0
+    return END_TO_END.get(dtype, END_TO_END[torch.float16])
