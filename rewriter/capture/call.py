@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import builtins
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +82,8 @@ def flatten_call(model: nn.Module, example_inputs: object) -> Call:
     keys = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
     paths = tuple(_path_name(key, parameters) for key in keys)
     names = tuple(
-        path if isinstance(leaf, Tensor) else None for path, leaf in zip(paths, leaves, strict=True)
+        _legal(path) if isinstance(leaf, Tensor) else None
+        for path, leaf in zip(paths, leaves, strict=True)
     )
     if not any(names):
         raise ConfigError("example_inputs", type(example_inputs).__name__, "needs at least one tensor")
@@ -127,3 +130,9 @@ def _path_name(path: tuple[Any, ...], parameters: tuple[str, ...]) -> str:
     first = parameters[argument.idx] if is_positional else argument.key
     keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in inner]
     return re.sub(r"\W", "_", "_".join([str(first), *keys]))
+
+
+def _legal(name: str) -> str:
+    """A name that a graph may give a placeholder: no built-in's and no keyword, such as `input`."""
+    taken = keyword.iskeyword(name) or hasattr(builtins, name)
+    return f"{name}_" if taken else name

@@ -215,10 +215,14 @@ def _functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | N
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """Whether a value was computed by an operator that shares it with nothing."""
+    """Whether nothing else can see a value's memory: computed, or a sole view of what was computed."""
     if node.op != "call_function":
         return False
-    if node.target is operator.getitem:
-        producer = node.args[0]
-        return isinstance(producer, fx.Node) and _is_fresh(producer)
-    return isinstance(node.target, torch._ops.OpOverload) and not _aliases(node)
+    if not _aliases(node):
+        return isinstance(node.target, torch._ops.OpOverload)
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    if node.target is operator.getitem and not _aliases(source):
+        return _is_fresh(source)
+    return len(source.users) == 1 and _is_fresh(source)

@@ -1,4 +1,4 @@
-"""Attentions as small modules of (q, k, v) [batch_size, seq, num_heads · head_dim], in many spellings."""
+"""Attentions as small modules of (q, k, v) [batch_size, seq, num_heads · head_dim], many spellings."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_modules import (
+from tests.raising.attention_modules import (
     HEADS,
     WIDTH,
     Additive,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_modules import HEADS, Additive, Explicit, Fused, grid, traced
+from tests.raising.attention_modules import HEADS, Additive, Explicit, Fused, grid, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
