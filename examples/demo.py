@@ -1,98 +1,226 @@
-"""The main job on a real model: optimise it, check it, let it answer, and let it run without end.
+"""A trained language model, optimised, checked, and put to work: `make demo`.
 
-Runs on the trained model beside this file; nothing is downloaded.
+The model (`examples/models/trial_reasoner`, 1.7M parameters) does sums in steps. It is optimised
+twice: with the default passes, which keep its function, and with `streaming-llm`, which bounds its
+memory. Then it answers problems, alone and in one conversation longer than its 2,048 positions.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import random
+import sys
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-warnings.filterwarnings("ignore")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rewriter import OptimizedModel, optimize
+from rewriter import OptimizedModel, Report, optimize
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-
-HERE = Path(__file__).parent
-MODEL = HERE / "models" / "trial_reasoner"
-REPORT = HERE.parent / "out" / "demo.html"
-PROBLEMS = (
-    "tom has 1 4 apples . gets 2 5 more . loses 7 . how many ?",
-    "{ w3 w77 w19 w4 w20 w51 w8 w9 } ? w19",
-)
-ENDLESS = 3000
+MODEL = Path(__file__).parent / "models" / "trial_reasoner"
+OUT = Path(__file__).parents[1] / "out"
 STREAMING = "streaming-llm{num_sink_tokens=4,recent_window=252}"
+CONVERSATION = 3000
+"""Tokens of the long conversation; the model was built for 2,048 positions."""
+console = Console(highlight=False)
 
-console = Console()
+
+@dataclass(frozen=True)
+class Problem:
+    """A sum in words, and its answer."""
+
+    text: str
+    answer: int
+
+    def solved_by(self, reply: str) -> bool:
+        """Whether a reply ends with the answer."""
+        return reply.strip().endswith(f"{_spelled(self.answer)} .")
 
 
 def main() -> None:
-    """Four acts, about a minute on two cores."""
+    """The three acts."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    OUT.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    console.rule("1. optimise with exact passes, and check every rewrite")
-    with console.status("capture, raise, derive, rewrite, verify"):
-        exact = optimize(original)
-    console.print(str(exact.report), markup=False, highlight=False)
-    REPORT.parent.mkdir(exist_ok=True)
-    exact.report.to_html(REPORT)
-    console.print(f"\nstep through it in a browser: {REPORT}", markup=False)
-    console.rule("2. the same answers")
-    answer(tokenizer, original, exact)
-    console.rule("3. an approximate pass: bounded memory")
-    with console.status(STREAMING):
-        endless = optimize(original, passes=[STREAMING, "default"])
-    console.print(f"{STREAMING}: {endless.report.end_to_end}", markup=False)
-    console.rule(f"4. {ENDLESS} tokens, past the model's 2,048 positions, in constant memory")
-    run_on(endless)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True, dtype=torch.float32)
+    console.print(_intro(model))
+    with torch.no_grad():
+        optimized = _optimize("1  the default passes: the same function", model, "default")
+        _compare(model, optimized, tokenizer)
+        streaming = _optimize("2  streaming-llm: bounded memory", model, [STREAMING])
+        _converse(optimized, streaming, tokenizer)
+    _farewell()
 
 
-def answer(tokenizer: object, original: PreTrainedModel, exact: OptimizedModel) -> None:
-    """Both models on the problems, with their speed."""
-    table = Table("problem", "answer", "equal", "original tokens/s", "optimised tokens/s")
-    for problem in PROBLEMS:
-        ids = tokenizer(problem, return_tensors="pt")["input_ids"]
-        (expected, slow), (found, fast) = (
-            timed(model, ids) for model in (original, exact)
+def _intro(model: Any) -> str:
+    config, size = model.config, sum(p.numel() for p in model.parameters())
+    return (
+        f"[bold]rewriter[/bold] on {config.architectures[0]}: {size / 1e6:.1f}M parameters, "
+        f"{config.num_hidden_layers} layers, {config.num_attention_heads} query heads on "
+        f"{config.num_key_value_heads} KV heads, {config.max_position_embeddings} positions, "
+        f"torch {torch.__version__}"
+    )
+
+
+def _optimize(title: str, model: Any, passes: Any) -> OptimizedModel:
+    """Optimise with a line of progress, print the report's gist, write its page."""
+    console.rule(f"[bold]{title}", align="left")
+    with console.status("") as status:
+        optimized = optimize(
+            model, passes=passes, on_stage=lambda stage: status.update(f"[dim]{stage} …")
         )
-        text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-        equal = "yes" if torch.equal(expected, found) else "NO"
-        table.add_row(problem, text, equal, f"{slow:.0f}", f"{fast:.0f}")
+    console.print(_gist(optimized.report))
+    page = OUT / f"{'default' if passes == 'default' else 'streaming'}.html"
+    optimized.report.to_html(page)
+    return optimized
+
+
+def _gist(report: Report) -> Table:
+    """What was raised, what was rewritten, and what it did to the logits."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    raised = (f"{c.op} {c.raised}/{c.candidates}" for c in report.coverage)
+    table.add_row("[dim]raised", ", ".join(raised))
+    table.add_row("[dim]decoding", report.decoding)
+    for spec in dict.fromkeys(c.spec for c in report.certificates):
+        own = [c for c in report.certificates if c.spec == spec]
+        kept = [c for c in own if c.status == "applied"]
+        worst = max((c.implementation_error or 0.0 for c in kept), default=0.0)
+        text = f"{own[0].fidelity}, {len(kept)} of {len(own)} sites, error ≤ {worst:.1e} "
+        table.add_row(f"[dim]{spec.partition('{')[0]}", f"{text}(allowed {own[0].tolerance:.0e})")
+    metrics = report.end_to_end
+    checked = f"KL to the original {metrics['kl_mean']:.1e} nats, "
+    table.add_row("[dim]end to end", checked + f"same top token {metrics['top1_agreement']:.0%}")
+    took = {name: report.seconds[name] for name in ("capture", "rewrite and verify")}
+    table.add_row("[dim]seconds", ", ".join(f"{name} {value:.1f}" for name, value in took.items()))
+    return table
+
+
+def _compare(model: Any, optimized: OptimizedModel, tokenizer: Any) -> None:
+    """Both answer the same problems; the tokens have to be equal."""
+    table = Table("problem", "answer", "original", "optimised", "tokens")
+    speeds: list[tuple[float, float]] = []
+    for problem in _problems(4):
+        prompt = tokenizer(problem.text, return_tensors="pt").input_ids
+        (theirs, slow), (ours, quick) = _quickest((model, optimized), prompt)
+        speeds.append((slow, quick))
+        same = "[green]equal" if torch.equal(theirs, ours) else "[red]DIFFER"
+        reply = tokenizer.decode(ours[0, prompt.shape[1] :], skip_special_tokens=True)
+        table.add_row(problem.text, reply, f"{slow:.0f}/s", f"{quick:.0f}/s", same)
     console.print(table)
+    slow, quick = (sum(column) / len(speeds) for column in zip(*speeds, strict=True))
+    console.print(f"tokens a second: {slow:.0f} → [bold]{quick:.0f}[/bold], {quick / slow:.2f}×\n")
 
 
-def timed(model: PreTrainedModel | OptimizedModel, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Greedy output and tokens per second, the better of three runs."""
-    best, output = 0.0, ids
-    for _ in range(3):
-        start = time.perf_counter()
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48)
-        best = max(best, (output.shape[1] - ids.shape[1]) / (time.perf_counter() - start))
-    return output, best
+def _quickest(models: Sequence[Any], prompt: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+    """The answers of several models, called in turns, with the best speed of three each."""
+    turns = [[_answer(model, prompt) for model in models] for _ in range(3)]
+    return [(runs[0][0], max(speed for _, speed in runs)) for runs in zip(*turns, strict=True)]
 
 
-def run_on(endless: OptimizedModel) -> None:
-    """Decode far past the trained length and watch the state's bytes."""
-    session = endless.session(1)
-    token = torch.tensor([[5]])
+def _answer(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Greedy tokens, and how many of them a second."""
     start = time.perf_counter()
-    for step in range(1, ENDLESS + 1):
-        token = session.run(token, logits_to_keep=1)[:, -1].argmax(-1, keepdim=True)
-        if step % (ENDLESS // 3) == 0:
-            rate = step / (time.perf_counter() - start)
-            console.print(f"{step:5d} tokens  {session.state_bytes():,} state bytes  {rate:.0f} tokens/s")
+    mask = torch.ones_like(prompt)
+    ids = model.generate(prompt, attention_mask=mask, max_new_tokens=64, do_sample=False)
+    return ids, (ids.shape[1] - prompt.shape[1]) / (time.perf_counter() - start)
+
+
+def _converse(dense: OptimizedModel, streaming: OptimizedModel, tokenizer: Any) -> None:
+    """Problem after problem in one session, its state never growing."""
+    session = streaming.session(1)
+    before, tokens, solved = session.state_bytes(), 0, 0
+    with Live(console=console, refresh_per_second=4) as live:
+        for asked, problem in enumerate(_problems(), start=1):
+            reply, fed = _ask(session, tokenizer, problem.text)
+            tokens, solved = tokens + fed, solved + problem.solved_by(reply)
+            live.update(_progress(tokens, solved, asked, problem, reply, session))
+            if tokens >= CONVERSATION:
+                break
+    if not console.is_terminal:
+        console.print()
+    grown = "constant" if session.state_bytes() == before else "GREW"
+    needed = _dense_bytes(dense, tokens)
+    console.print(
+        f"state: {before / 2**20:.2f} MiB, {grown}; a dense cache of {tokens:,} tokens takes "
+        f"{needed / 2**20:.1f} MiB\n"
+    )
+
+
+def _ask(session: Any, tokenizer: Any, text: str) -> tuple[str, int]:
+    """The reply to one problem, and how many tokens the session was fed."""
+    logits = session.run(tokenizer(text, return_tensors="pt").input_ids, logits_to_keep=1)
+    first, reply = session.entries, []
+    while len(reply) < 64:
+        token = logits[:, -1:].argmax(-1)
+        logits = session.run(token, logits_to_keep=1)
+        if token.item() == tokenizer.eos_token_id:
+            break
+        reply.append(token.item())
+    fed = session.entries - first + len(tokenizer(text).input_ids)
+    return tokenizer.decode(reply), fed
+
+
+def _progress(
+    tokens: int, solved: int, asked: int, problem: Problem, reply: str, session: Any
+) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("[dim]problem", problem.text)
+    table.add_row("[dim]reply", reply)
+    table.add_row("[dim]so far", f"[bold]{solved} of {asked}[/bold] solved in {tokens:,} tokens")
+    table.add_row("[dim]state", f"{session.state_bytes():,} bytes")
+    return table
+
+
+def _dense_bytes(optimized: OptimizedModel, tokens: int) -> int:
+    """Of a cache that keeps every token."""
+    decoding = optimized.program.decoding
+    assert decoding is not None
+    extents = {"batch": 1, "capacity": tokens}
+    total = 0
+    for spec in decoding.states:
+        elements = 1
+        for dim in spec.dims:
+            elements *= extents[dim] if isinstance(dim, str) else dim
+        total += elements * spec.dtype.itemsize
+    return total
+
+
+def _problems(count: int | None = None) -> Iterator[Problem]:
+    """Sums in words, always the same ones; endless by default."""
+    chance = random.Random(1)
+    produced = 0
+    while count is None or produced < count:
+        has, gets, loses = chance.randint(10, 40), chance.randint(10, 40), chance.randint(2, 9)
+        text = f"tom has {_spelled(has)} apples . gets {_spelled(gets)} more . "
+        yield Problem(f"{text}loses {loses} . how many ?", has + gets - loses)
+        produced += 1
+
+
+def _spelled(number: int) -> str:
+    """Digit by digit, as the model reads numbers."""
+    return " ".join(str(number))
+
+
+def _farewell() -> None:
+    console.rule("[bold]what to look at", align="left")
+    pages = sorted(os.path.relpath(page) for page in OUT.glob("*.html"))
+    console.print(f"every rewrite, before and after: {', '.join(pages)}", markup=False)
+    console.print("what matches in your model: .venv/bin/rewriter explain MODEL", markup=False)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from passes import DEFAULT, PASSES
+import passes as table  # the names are looked up late: passes import rewriter first
 from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.engine.spec_text import format_default, parse_spec
@@ -154,7 +154,7 @@ class PassInfo:
 
 def list_passes() -> tuple[PassInfo, ...]:
     """Every pass with its knobs and their defaults."""
-    return tuple(_info(kind) for kind in PASSES.values())
+    return tuple(_info(kind) for kind in table.PASSES.values())
 
 
 def _info(kind: type[RewritePass]) -> PassInfo:
@@ -168,7 +168,7 @@ def resolve_passes(passes: PassSpecs) -> list[RewritePass]:
     given = [passes] if isinstance(passes, str | RewritePass) else passes
     resolved: dict[RewritePass, None] = {}
     for item in given:
-        texts = DEFAULT if item == "default" else (item,)
+        texts = table.DEFAULT if item == "default" else (item,)
         resolved |= dict.fromkeys(_resolve(text) for text in texts)
     check_conflicts(list(resolved))
     return list(resolved)
@@ -178,7 +178,7 @@ def _resolve(item: object) -> RewritePass:
     if isinstance(item, RewritePass):
         return item
     if isinstance(item, str):
-        return parse_spec(item, PASSES)
+        return parse_spec(item, table.PASSES)
     raise ConfigError("passes", item, "a spec or a pass object")
 
 

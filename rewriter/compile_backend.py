@@ -9,6 +9,7 @@ its own, and a call whose inputs do not fit runs the graph as it was traced.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,7 +103,7 @@ def _rewritten(
             bound = _BoundGraph(traced, inputs, is_weight)
             program = _captured(bound, [inputs[i] for i in bound.positions])
             _rewrite(program)
-            problem = _difference(traced, bound.call(program), inputs, bound.positions)
+            problem = _difference(traced, bound.call(program), bound.concrete(inputs), bound.positions)
     except Exception as error:  # the user's model runs whatever we fail to understand
         return _as_traced(traced, f"{type(error).__name__}: {error}")
     return _as_traced(traced, problem) if problem else bound.call(program)
@@ -111,7 +112,8 @@ def _rewritten(
 @contextmanager
 def _outside_of_dynamo() -> Iterator[None]:
     """Tracing and computing without the compilation around us noticing."""
-    with torch._guards.tracing(None), torch.random.fork_rng(devices=[]):
+    with torch._guards.tracing(None), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -150,6 +152,11 @@ class _BoundGraph(nn.Module):
         values |= {i: getattr(self, name) for i, name in self._weights.items()}
         values |= {i: values[at].shape[dim] for i, (at, dim) in self._sizes.items()}
         return tuple(pytree.tree_leaves(self.traced(*[values[i] for i in range(len(values))])))
+
+    def concrete(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs with sizes as numbers: turning dynamo's own symbol into one would fix it."""
+        sizes = {i: inputs[at].shape[dim] for i, (at, dim) in self._sizes.items()}
+        return [sizes.get(i, value) for i, value in enumerate(inputs)]
 
     def call(self, program: Program) -> Callable[..., Any]:
         """The program behind the signature of the traced graph; that graph where inputs do not fit."""
@@ -223,7 +230,7 @@ def _difference(
     """
     results: list[list[Any]] = []
     for run in (before, after):
-        copies = [int(v) if isinstance(v, torch.SymInt) else v for v in inputs]
+        copies = list(inputs)
         for i in own:
             copies[i] = copies[i].clone()
         results.append([*pytree.tree_leaves(run(*copies)), *(copies[i] for i in own)])

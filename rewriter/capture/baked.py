@@ -30,11 +30,11 @@ def dynamic_dims(tensors: Mapping[str, Tensor], axes: tuple[str, ...]) -> Wanted
     Dimension 0 is the batch; dimension 1 the sequence, except in images (four dimensions or more). A
     tensor [batch, 1 or heads, seq, seq] whose last size is another input's sequence is a mask.
     """
-    lengths = {t.shape[1] for t in tensors.values() if t.dim() in (2, 3)}
+    lengths = {str(t.shape[1]) for t in tensors.values() if t.dim() in (2, 3)}
     wanted: Wanted = {}
     for name, tensor in tensors.items():
         sequence = {2: (1,), 3: (1,)}.get(tensor.dim(), ())
-        if tensor.dim() == 4 and tensor.shape[-1] in lengths:
+        if tensor.dim() == 4 and str(tensor.shape[-1]) in lengths:
             sequence = (2, 3)
         batch = (0,) if tensor.dim() else ()
         wanted[name] = (batch if "batch" in axes else ()) + (sequence if "seq" in axes else ())

@@ -23,7 +23,7 @@ _OPERATOR = re.compile(r"\b(?:torch\.ops\.)?(aten[.:]+\w+(?:\.\w+)?)")
 def capture_error(model_name: str, error: BaseException) -> CaptureError:
     """The error users see for an exception that torch.export raised."""
     frames = [frame for one in _chain(error) for frame in traceback.walk_tb(one.__traceback__)]
-    operator = _operator(frames) or _operator_in_text(error)
+    operator = _last_traced(error) or _operator(frames) or _operator_in_text(error)
     where = _model_line(frames)
     named = f" at operator {operator}" if operator else ""
     located = f" ({where})" if where else ""
@@ -64,6 +64,12 @@ def _operator(frames: list[tuple[FrameType, int]]) -> str:
             if isinstance(value, torch._ops.OpOverload):
                 return str(value)
     return ""
+
+
+def _last_traced(error: BaseException) -> str:
+    """The operator traced last, where the tracer says how far it got: a value was read from it."""
+    found = _OPERATOR.findall(str(getattr(error, "partial_fx_graph", "")))
+    return found[-1] if found else ""
 
 
 def _operator_in_text(error: BaseException) -> str:

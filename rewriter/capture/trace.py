@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from rewriter.capture.baked import Wanted, dynamic_dims
 from rewriter.capture.call import Call
 from rewriter.capture.failure import capture_error, summarize
+from rewriter.capture.quiet import without_dumps
 from rewriter.capture.shadow import shadow
 
 __all__ = ["Trace", "trace"]
@@ -85,8 +85,7 @@ def _export(model: nn.Module, call: Call, wanted: Wanted) -> tuple[ExportedProgr
     traced = shadow(model)
     traced.forward = _flat_forward(traced.forward, call)
     shapes = {name: dict.fromkeys(dims, Dim.AUTO) for name, dims in wanted.items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), without_dumps():
         started = time.perf_counter()
         exported = torch.export.export(
             traced, (), call.tensors, dynamic_shapes=shapes, strict=False

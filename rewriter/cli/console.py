@@ -34,7 +34,7 @@ def write_json(value: Any) -> None:
 def stages(quiet: bool = False) -> Iterator[Any]:
     """A callable that names the stage at work; shown on stderr with a spinner and a clock."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda stage: progress.update(task, description=stage)
 

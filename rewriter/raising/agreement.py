@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from rewriter.program import Program
 from rewriter.raising.attention_regions import AttentionRegion
 from rewriter.raising.evaluate import UnboundInput, depends_on, evaluate, needed, random_value
-from rewriter.raising.mask_samples import sizes_for
+from rewriter.raising.mask_samples import Sampler
 from rewriter.raising.position_tables import POSITIONS, random_positions
 from rewriter.raising.region import EVALUATION_ERRORS, region_key
 
@@ -28,8 +28,8 @@ class Agreement:
         groups: keys or values whose heads are equal within each of so many groups.
     """
 
-    def __init__(self, program: Program, symbols: Sequence[str]) -> None:
-        self.program, self.symbols = program, symbols
+    def __init__(self, program: Program, sampler: Sampler) -> None:
+        self.program, self.sampler = program, sampler
         self.groups: dict[fx.Node, int] = {}
         self.depends: dict[fx.Node, frozenset[str]] = {}
         self.checked: set[Hashable] = set()
@@ -58,7 +58,7 @@ class Agreement:
         self, region: AttentionRegion, new: fx.Node, bound: Sequence[fx.Node], length: int
     ) -> bool:
         generator = torch.Generator().manual_seed(length)
-        sizes = sizes_for(self.symbols, region.shape[-2:], length)
+        sizes = self.sampler.sizes(region.shape[-2:], length)
         try:
             values = {node: self._random(node, sizes, generator) for node in bound}
             values |= _counted_positions(self.program, sizes)

@@ -68,7 +68,7 @@ class _Raiser:
         self.program = program
         self.walk = Walk(program)
         self.classifier = Classifier(program)
-        self.agreement = Agreement(program, self.classifier.sampler.symbols)
+        self.agreement = Agreement(program, self.classifier.sampler)
         self.slopes: list[tuple[str, Tensor]] = []
 
     def replace(self, region: AttentionRegion) -> Sequence[Miss]:
@@ -114,14 +114,14 @@ class _Raiser:
         return _as_output(insert, new, region.output)
 
     def _operand(self, insert: Inserter, x: fx.Node, heads: Heads) -> tuple[fx.Node, float]:
-        x, first = peel_scale(x, self.walk.scalar)
-        x, second = peel_scale(to_bhsd(insert, x, heads), self.walk.scalar)
+        x, first = peel_scale(insert, x, self.walk.scalar)
+        x, second = peel_scale(insert, to_bhsd(insert, x, heads), self.walk.scalar)
         return x, first * second
 
     def _keys(
         self, insert: Inserter, region: AttentionRegion, heads: Heads
     ) -> tuple[fx.Node, float]:
-        x, factor = peel_scale(region.right, self.walk.scalar)
+        x, factor = peel_scale(insert, region.right, self.walk.scalar)
         if not region.keys_transposed:
             k, second = self._operand(insert, x, heads)
             return k, factor * second
@@ -130,7 +130,7 @@ class _Raiser:
             k = to_bhsd(insert, insert.transpose(x, rank - 2, rank - 1), heads)
         else:
             k = insert.transpose(to_bhsd(insert, x, heads), 2, 3)
-        k, second = peel_scale(k, self.walk.scalar)
+        k, second = peel_scale(insert, k, self.walk.scalar)
         return k, factor * second
 
     def _peel(self, insert: Inserter, k: fx.Node, v: fx.Node) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+Scalar = Callable[[Any], float | None]
+
+_SCALING = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
+_LAYOUT = frozenset({aten.transpose.int, aten.permute.default, aten.reshape.default})
 
 
 class Unsupported(Exception):
@@ -117,19 +122,28 @@ def _batch_and_heads(lead: Sequence[Any], heads: Heads) -> tuple[Any, Any]:
     return (lead[0], lead[1] if len(lead) == 2 else lead[1] * lead[2])
 
 
-def peel_scale(x: fx.Node, scalar: Any) -> tuple[fx.Node, float]:
-    """The tensor before multiplications by constants just in front of a product, and the factor."""
-    factor = 1.0
-    while x.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        number = scalar(x.args[1]) if len(x.args) == 2 else None
-        source = x.args[0]
-        if not number or x.kwargs or not isinstance(source, fx.Node):
-            break
-        if shape_of(source) != shape_of(x) or source.meta["val"].dtype != x.meta["val"].dtype:
-            break
-        divided = x.target in (aten.div.Tensor, aten.div.Scalar)
-        x, factor = source, factor / number if divided else factor * number
-    return x, factor
+def peel_scale(insert: Inserter, x: fx.Node, scalar: Scalar) -> tuple[fx.Node, float]:
+    """The tensor before multiplications by constants, under views, and the factor they make.
+
+    Args:
+        scalar: the value of a constant operand; None when it is not constant.
+    """
+    source = x.args[0] if x.args else None
+    if not isinstance(source, fx.Node):
+        return x, 1.0
+    if x.target in _LAYOUT:
+        inner, factor = peel_scale(insert, source, scalar)
+        if factor == 1.0:
+            return x, 1.0
+        return insert.call(x.target, inner, *x.args[1:], **x.kwargs), factor
+    number = scalar(x.args[1]) if x.target in _SCALING and len(x.args) == 2 else None
+    if not number or x.kwargs or shape_of(source) != shape_of(x):
+        return x, 1.0
+    if source.meta["val"].dtype != x.meta["val"].dtype:
+        return x, 1.0
+    inner, factor = peel_scale(insert, source, scalar)
+    divided = x.target in (aten.div.Tensor, aten.div.Scalar)
+    return inner, factor / number if divided else factor * number
 
 
 def peel_casts(x: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -22,10 +22,11 @@ from rewriter.raising.evaluate import (
     needed,
     random_value,
 )
+from rewriter.raising.insertion import shape_of
 from rewriter.raising.position_tables import POSITIONS
 from rewriter.raising.sampled_values import SampledValues
 
-__all__ = ["MASKED", "Lengths", "Role", "Sample", "Sampler", "Term", "Unclear", "sizes_for"]
+__all__ = ["MASKED", "Lengths", "Role", "Sample", "Sampler", "Term", "Unclear"]
 
 Role = Literal["add", "keep", "hide", "gate"]
 
@@ -102,6 +103,8 @@ class Sampler:
         self.program = program
         self.depends: dict[fx.Node, frozenset[str]] = {}
         self.symbols = sorted({s for node in program.placeholders() for s in free_symbols(node)})
+        positions = program.placeholder(POSITIONS)
+        self.counted = () if positions is None else shape_of(positions)[-1:]
         self.values: dict[Any, SampledValues] = {}
         self.indices: dict[Any, Tensor] = {}
         self.spelled: list[int] = []
@@ -141,11 +144,21 @@ class Sampler:
         beyond = (c + 2 for c in literals if c > max(_WHOLE))
         tried = {*_WHOLE, _LONGER, *beyond, 2 * max(literals, default=1) + 3}
         out = []
-        for length in sorted(tried) if dynamic else [0]:
-            sizes = sizes_for(self.symbols, shape[-2:], length)
+        for length in sorted(tried) if dynamic else [_BATCH]:
+            sizes = self.sizes(shape[-2:], length)
             q_len, kv_len = extent_value(q_extent, sizes), extent_value(kv_extent, sizes)
             out.append(Lengths(sizes, q_len, kv_len, tuple(literals)))
         return out
+
+    def sizes(self, extents: Sequence[Any], length: int) -> dict[str, int]:
+        """Sizes at which every extent, and the positions, reach `length`; a batch of 2."""
+        own, value = _symbols_of((*extents, *self.counted)), length
+        while True:
+            sizes = {s: value if s in own else _BATCH for s in self.symbols}
+            free = [extent for extent in extents if not isinstance(extent, int)]
+            if all(extent_value(extent, sizes) >= length for extent in free):
+                return sizes
+            value += max(value // 8, 1)  # extents such as (s - 1) // 4 + 1, after a convolution
 
     def sample(self, term: Term, lengths: Lengths, num_heads: int, seed: int = 0) -> Sample:
         """The term at one length.
@@ -211,17 +224,6 @@ class Sampler:
             ]
             random = torch.where(torch.rand(shape, generator=generator) < 0.3, choices, random)
         return random.to(value.device)
-
-
-def sizes_for(symbols: Sequence[str], extents: Sequence[Any], length: int) -> dict[str, int]:
-    """Sizes at which every extent is at least `length`; other symbols are a batch of 2."""
-    own = _symbols_of(extents)
-    value = length
-    while True:
-        sizes = {s: value if s in own else _BATCH for s in symbols}
-        if not own or all(extent_value(e, sizes) >= length for e in extents):
-            return sizes
-        value += max(value // 8, 1)  # extents such as (s - 1) // 4 + 1, after a strided convolution
 
 
 def extent_value(extent: Any, sizes: dict[str, int]) -> int:

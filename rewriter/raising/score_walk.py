@@ -259,12 +259,13 @@ class Walk:
         return self.back(node.args[0], replace(scores, terms=(*scores.terms, term)))
 
     def _cat(self, node: fx.Node, scores: Scores) -> Result:
-        parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        last = isinstance(dim, int) and dim % len(shape_of(node)) == len(shape_of(node)) - 1
+        parts = [part for part in node.all_input_nodes if shape_of(part)]
+        dim = node.args[1] if len(node.args) > 1 else 0
+        last = dim in (-1, len(shape_of(node)) - 1)
         clean = not scores.terms and scores.scale == 1.0 and scores.sinks is None
-        if not last or not clean or len(parts) != 2:  # pyright: ignore[reportArgumentType]
+        if not last or not clean or len(parts) != 2:
             return Unknown(node, "scores are concatenated with something")
-        x, sinks = parts  # pyright: ignore[reportGeneralTypeIssues]
+        x, sinks = parts
         if shape_of(sinks)[-1] != 1 or self.data_dependent(sinks):
             return Unknown(
                 node, "scores are concatenated with something that is no column of logits"

@@ -75,7 +75,7 @@ def verify_and_rollback(
     undone: dict[Identity, _Undone] = {}
     while True:
         trial = Trial(bench, frozenset(undone))
-        failed = dict(trial.failed) or _culprit(trial, bench, undone)
+        failed = _topmost(trial) or _culprit(trial, bench, undone)
         failed = failed or over_limits(trial, bench, verification)
         if not failed:
             break
@@ -95,6 +95,13 @@ def verify_and_rollback(
         )
         verified.certificates.append(certificate)
     return verified
+
+
+def _topmost(trial: Trial) -> dict[Identity, str]:
+    """Rewrites that fail at their site; of several that share one node the last, which may be to blame."""
+    last = {a.after: a.identity for a in trial.applied if a.identity in trial.failed}
+    shared = {a.identity for a in trial.applied if last.get(a.after, a.identity) != a.identity}
+    return {key: reason for key, reason in trial.failed.items() if key not in shared}
 
 
 def _culprit(trial: Trial, bench: Bench, undone: dict[Identity, _Undone]) -> dict[Identity, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,11 @@ def test_readme_lists_it(cls: type[RewritePass]) -> None:
 def test_the_default_changes_no_function() -> None:
     for spec in DEFAULT:
         assert parse_spec(spec, PASSES).fidelity is not Fidelity.APPROXIMATE
+
+
+@pytest.mark.parametrize("first", ["passes", "rewriter"])
+def test_either_package_can_be_imported_first(first: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {first}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Attentions as small modules of (q, k, v) [batch_size, seq, num_heads · head_dim], many spellings."""
+"""Attentions in many spellings, as modules of (q, k, v) [batch_size, seq, num_heads · head_dim]."""
 
 from __future__ import annotations
 
@@ -157,8 +157,23 @@ class Bias(Explicit):
         return merge((self.scores(q, k) + bias).softmax(-1) @ heads(v))
 
 
+class OneInput(nn.Module):
+    """A module of (q, k, v) as one of their concatenation: lengths are equal by construction."""
+
+    def __init__(self, module: nn.Module, kv_width: int) -> None:
+        super().__init__()
+        self.module, self.kv_width = module, kv_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bsd."""
+        return self.module(*x.split([HEADS * WIDTH, self.kv_width, self.kv_width], dim=-1))
+
+
+def packed(batch_size: int, n: int, kv_width: int = HEADS * WIDTH) -> Tensor:
+    """Random q, k and v side by side."""
+    return torch.randn(batch_size, n, HEADS * WIDTH + 2 * kv_width)
+
+
 def traced(module: nn.Module, kv_width: int = HEADS * WIDTH) -> Program:
-    """The module captured with dynamic batch and length, in the layout above."""
-    q = torch.randn(2, 7, HEADS * WIDTH)
-    k, v = torch.randn(2, 7, kv_width), torch.randn(2, 7, kv_width)
-    return capture(module, (q, k, v))
+    """The module captured with dynamic batch and length, as a function of x = (q, k, v)."""
+    return capture(OneInput(module, kv_width), (packed(2, 7, kv_width),))

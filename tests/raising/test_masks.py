@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.raising.attention_modules import HEADS, Additive, Explicit, Fused, grid, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from rewriter.raising.attention_regions import AttentionRegion, find_attention
 from rewriter.raising.mask_samples import Sample
 from rewriter.raising.masks import Classifier, MaskStructure, alibi_slopes, classify
 from rewriter.raising.normal_form import normalize
+from tests.raising.attention_modules import HEADS, Additive, Explicit, Fused, grid, traced
 
 
 def sample(rule: Callable[[Tensor, Tensor], Tensor], n: int) -> Sample:
@@ -133,7 +133,7 @@ def test_a_mask_of_the_contents_stays_a_tensor() -> None:
 
     found = structure(Contents())
     assert (found.kind, len(found.bias), str(found)) == ("full", 1, "other")
-    assert "depends on the values of q" in found.misses[0].reason
+    assert "depends on the values of x" in found.misses[0].reason
 
 
 def test_slopes_need_the_same_slope_everywhere() -> None:
