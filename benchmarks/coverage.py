@@ -138,13 +138,16 @@ def _decoder_totals(rows: Sequence[Row], partial: bool) -> tuple[bool, str]:
 
 def _encoder_totals(rows: Sequence[Row], partial: bool) -> tuple[bool, str]:
     names = list(dict.fromkeys(row.family for row in rows))
-    failed = {r.family for r in rows if not (r.equal and r.all_raised)}
-    absent = {r.family for r in rows if r.unavailable}
-    good, wrong = len(names) - len(failed), [r.family for r in rows if r.wrong]
-    met = not wrong and (good >= ENCODER_BAR or (partial and not failed - absent))
+    tried = {r.family for r in rows if not r.unavailable}
+    failed = {r.family for r in rows if not (r.unavailable or (r.equal and r.all_raised))}
+    absent = set(names) - tried
+    good, wrong = len(tried - failed), [r.family for r in rows if r.wrong]
+    met = not wrong and (good >= ENCODER_BAR or (partial and not failed))
     text = (
-        f"{len(names)} models: {good} with equal outputs and every attention raised (bar {ENCODER_BAR}); "
-        f"skipped: {', '.join(sorted(absent)) or 'none'}; wrong numbers: {', '.join(wrong) or 'none'}"
+        f"{len(names)} models: {good} with equal outputs and every attention raised "
+        f"(bar {ENCODER_BAR}); "
+        f"skipped: {', '.join(sorted(absent)) or 'none'}; "
+        f"wrong numbers: {', '.join(wrong) or 'none'}"
     )
     return met, text
 

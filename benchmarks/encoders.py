@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families import randomize
+from families import NoSuchSpelling, randomize
+from stand_in import import_without
 from torch import Tensor, nn
 
 __all__ = ["ENCODERS", "Encoder", "Unavailable", "build_encoder"]
@@ -29,6 +32,7 @@ class Encoder:
         inputs: makes keyword arguments for a batch size and a length (images ignore the length).
         attention: whether it has any.
         builder: for models that are not of transformers.
+        module: where the class is found.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Encoder:
     fields: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = True
     builder: Callable[[], nn.Module] | None = None
+    module: str = "transformers"
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -49,15 +54,22 @@ def build_encoder(encoder: Encoder, attention: str) -> nn.Module:
     if encoder.builder is not None:
         model = encoder.builder()
     else:
-        import transformers
-
-        model_class = getattr(transformers, encoder.model_class)
+        model_class = getattr(importlib.import_module(encoder.module), encoder.model_class)
         config = model_class.config_class(**encoder.fields)
         if attention:
             config._attn_implementation = attention
-        model = model_class(config)
+        model = _from_config(model_class, config, attention)
     randomize(model)
     return model.eval()
+
+
+def _from_config(model_class: Any, config: Any, attention: str) -> nn.Module:
+    try:
+        return model_class(config)
+    except ValueError as error:
+        if "does not support an attention implementation" in str(error):
+            raise NoSuchSpelling(f"the model has no {attention} attention") from None
+        raise
 
 
 def _text(batch_size: int, length: int) -> Inputs:
@@ -151,34 +163,41 @@ def _gcvit() -> nn.Module:
 
 
 def _import_timm() -> Any:
-    """timm imports torchvision, whose wheel without its compiled operators needs two names declared."""
-    try:
-        import torchvision  # noqa: F401
-    except ModuleNotFoundError:
-        raise Unavailable("timm needs torchvision, which is not installed") from None
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        _import_timm.library = library  # pyright: ignore  # lives as long as its operators
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
+    """timm, whose image loading (unused here) wants torchvision and PIL."""
+    if importlib.util.find_spec("timm") is None:
+        raise Unavailable("timm is not installed: pip install --no-deps timm")
+    return import_without("timm", ("torchvision", "PIL"))
 
 
 ENCODERS: tuple[Encoder, ...] = (
     Encoder("bert", "BertModel", _text, _BERT),
     Encoder("roberta", "RobertaModel", _text, _BERT),
-    Encoder("distilbert", "DistilBertModel", _text, {
-        "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 256,
-        "max_position_embeddings": 64,
-    }),
+    Encoder(
+        "distilbert",
+        "DistilBertModel",
+        _text,
+        {
+            "dim": 64,
+            "hidden_dim": 128,
+            "n_layers": 2,
+            "n_heads": 4,
+            "vocab_size": 256,
+            "max_position_embeddings": 64,
+        },
+    ),
     Encoder("electra", "ElectraModel", _text, {**_BERT, "embedding_size": 32}),
     Encoder("albert", "AlbertModel", _text, {**_BERT, "embedding_size": 32}),
     Encoder("mpnet", "MPNetModel", _text, _BERT),
-    Encoder("modernbert", "ModernBertModel", _text, {
-        **_BERT, "local_attention": 8, "global_attn_every_n_layers": 2,
-    }),
+    Encoder(
+        "modernbert",
+        "ModernBertModel",
+        _text,
+        {
+            **_BERT,
+            "local_attention": 8,
+            "global_attn_every_n_layers": 2,
+        },
+    ),
     Encoder("bert without mask", "BertModel", _ids, _BERT),
     Encoder("vit", "ViTModel", _images(32), _VIT),
     Encoder("deit", "DeiTModel", _images(32), _VIT),
@@ -190,13 +209,35 @@ ENCODERS: tuple[Encoder, ...] = (
     Encoder("swin", "SwinModel", _images(32), _SWIN),
     Encoder("swinv2", "Swinv2Model", _images(32), _SWIN),
     Encoder("t5 encoder", "T5EncoderModel", _text, _T5),
-    Encoder("whisper encoder", "WhisperEncoder", _mel, _WHISPER),
+    Encoder(
+        "whisper encoder",
+        "WhisperEncoder",
+        _mel,
+        _WHISPER,
+        module="transformers.models.whisper.modeling_whisper",
+    ),
     Encoder("wav2vec2", "Wav2Vec2Model", _waves, _WAV2VEC2),
     Encoder("gc vit (timm)", "", _images(64, "x"), builder=_gcvit),
-    Encoder("resnet (CNN)", "ResNetModel", _images(32), {
-        "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
-    }, attention=False),
-    Encoder("convnext (CNN)", "ConvNextModel", _images(32), {
-        "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2,
-    }, attention=False),
+    Encoder(
+        "resnet (CNN)",
+        "ResNetModel",
+        _images(32),
+        {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32],
+            "depths": [1, 1],
+        },
+        attention=False,
+    ),
+    Encoder(
+        "convnext (CNN)",
+        "ConvNextModel",
+        _images(32),
+        {
+            "hidden_sizes": [16, 32],
+            "depths": [1, 1],
+            "num_stages": 2,
+        },
+        attention=False,
+    ),
 )

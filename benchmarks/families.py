@@ -263,7 +263,7 @@ def _is_computed(default: Any, key: str) -> bool:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Random weights that make every part matter: no zero bias, no unit norm, no repeating tokens."""
+    """Random weights that make every part matter: no zero bias, no unit norm, varied tokens."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

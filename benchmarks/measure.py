@@ -83,7 +83,7 @@ class Row:
 
 
 def measure_family(family: Family, attention: str) -> Row:
-    """Capture, raise, derive and compare one decoder family. Never raises: the row says what failed."""
+    """Capture, raise, derive and compare one decoder family. Never raises: the row says why."""
     row = Row(family.model_type, attention, expected=family.mixes)
     return _guarded(row, lambda: _measure_decoder(row, build(family, attention)))
 
@@ -118,7 +118,9 @@ def _measure_decoder(row: Row, model: Any) -> None:
     derived = derive(program)
     row.decode = str(derived) if isinstance(derived, Miss) else "derived"
     if isinstance(derived, Miss):
-        row.error = max(_error(_plain(program, ids), model(ids, use_cache=False)) for ids in _fitting(program))
+        row.error = max(
+            _error(_plain(program, ids), model(ids, use_cache=False)) for ids in _fitting(program)
+        )
         return
     optimized = _optimized(derived, model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size

@@ -1,0 +1,1 @@
+"""Kernels for dialect operators on a target. Nothing here yet."""

@@ -1,0 +1,1 @@
+"""LLVM IR collected into a dataset, and cost models from it. Nothing here yet."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import passes as table  # the names are looked up late: passes import rewriter first
 from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
@@ -37,7 +39,11 @@ __all__ = ["PassInfo", "explain", "list_passes", "load", "optimize", "verify_aga
 
 PassSpecs = str | RewritePass | Sequence[str | RewritePass]
 
+own_random_numbers = torch.random.fork_rng(devices=[])
+"""The user's random numbers go on as if nothing had been drawn here."""
 
+
+@own_random_numbers
 def optimize(
     model: Model,
     example_inputs: Examples = None,
@@ -93,6 +99,7 @@ def optimize(
         return _optimized(prepared, verified.program, report, chosen.name)
 
 
+@own_random_numbers
 def explain(
     model: Model,
     example_inputs: Examples = None,
@@ -120,6 +127,7 @@ def load(directory: str | Path) -> OptimizedModel:
     return load_optimized(Path(directory))
 
 
+@own_random_numbers
 def verify_against(
     optimized: OptimizedModel,
     model: Model | None = None,

@@ -1,17 +1,20 @@
-"""`torch.compile(model, backend="rewriter")`: raise each traced graph, rewrite it, check it, run it.
+"""`torch.compile(model, backend="rewriter")`: raise each traced graph, rewrite it, check it.
 
-Dynamo hands over a graph whose weights and sizes are inputs. Recognising operators takes their values, so
-the graph is captured again with the weights as attributes and every size read off a tensor. One traced
-graph may serve several sets of weights (equal layers, compiled one by one): each set gets a program of
-its own, and a call whose inputs do not fit runs the graph as it was traced.
+Dynamo hands over a graph whose weights and sizes are inputs. Recognising operators takes their
+values, so the graph is captured again with the weights as attributes, every size read off a tensor,
+and numbers in their place. One traced graph may serve several sets of weights (equal layers, compiled
+one by one): each set gets a program of its own, and a call whose inputs do not fit runs the graph as
+it was traced.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,10 +44,10 @@ MOST_WEIGHT_SETS = 256
 
 
 def rewriter_backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A torch.compile backend: passes that keep the function, checked on the inputs of the first call.
+    """A torch.compile backend: passes that keep the function, checked on the first call's inputs.
 
-    For inference. Where gradients are asked for, or a graph cannot be captured or comes out different, it
-    runs as it was traced, and the log (`rewriter`, warnings) says why.
+    For inference. Where gradients are asked for, or a graph cannot be captured or comes out
+    different, it runs as it was traced, and the log (`rewriter`, warnings) says why.
     """
     if torch.is_grad_enabled() and any(_needs_gradient(value) for value in example_inputs):
         return _as_traced(module, "gradients are enabled; call it under torch.no_grad()")
@@ -63,12 +66,13 @@ def _as_traced(module: fx.GraphModule, reason: str) -> Callable[..., Any]:
 
 
 class _CompiledGraph:
-    """What runs in place of a traced graph: a program for each set of weights, or the graph itself."""
+    """What runs in place of a traced graph: a program for each set of weights, or that graph."""
 
     def __init__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self._traced = module
         self._is_weight = tuple(_is_weight(value) for value in example_inputs)
-        self._runs: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._numbers = _numbers(module)
+        self._runs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._held: list[Any] = []  # an id names a tensor only as long as it lives
         self._add(example_inputs)
 
@@ -78,15 +82,17 @@ class _CompiledGraph:
             self._add(inputs)
         return self._runs[key](*inputs)
 
-    def _key(self, inputs: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(id(v) for v, known in zip(inputs, self._is_weight, strict=True) if known)
+    def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        weights = (id(v) for v, known in zip(inputs, self._is_weight, strict=True) if known)
+        return (*weights, *(inputs[i].item() for i in self._numbers))
 
     def _add(self, inputs: Sequence[Any]) -> None:
         if len(self._runs) >= MOST_WEIGHT_SETS:
             self._runs[self._key(inputs)] = self._traced.forward
             return
         self._held += [v for v, known in zip(inputs, self._is_weight, strict=True) if known]
-        self._runs[self._key(inputs)] = _rewritten(self._traced, inputs, self._is_weight)
+        run = _rewritten(self._traced, inputs, self._is_weight, self._numbers)
+        self._runs[self._key(inputs)] = run
 
 
 def _is_weight(value: object) -> bool:
@@ -94,16 +100,33 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, nn.Parameter) or hasattr(value, "_dynamo_static_input_type")
 
 
+def _numbers(traced: fx.GraphModule) -> tuple[int, ...]:
+    """Which inputs are numbers that dynamo passes as tensors, such as a scale that may change."""
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    return tuple(
+        i for i, node in enumerate(placeholders) if node.users and all(map(_item, node.users))
+    )
+
+
+def _item(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "item"
+
+
 def _rewritten(
-    traced: fx.GraphModule, inputs: Sequence[Any], is_weight: Sequence[bool]
+    traced: fx.GraphModule,
+    inputs: Sequence[Any],
+    is_weight: Sequence[bool],
+    numbers: Sequence[int],
 ) -> Callable[..., Any]:
     """The rewritten program behind the signature of the traced graph, or that graph."""
     try:
         with _outside_of_dynamo(), torch.no_grad():
-            bound = _BoundGraph(traced, inputs, is_weight)
+            bound = _BoundGraph(traced, inputs, is_weight, numbers)
             program = _captured(bound, [inputs[i] for i in bound.positions])
             _rewrite(program)
-            problem = _difference(traced, bound.call(program), bound.concrete(inputs), bound.positions)
+            problem = _difference(
+                traced, bound.call(program), bound.concrete(inputs), bound.positions
+            )
     except Exception as error:  # the user's model runs whatever we fail to understand
         return _as_traced(traced, f"{type(error).__name__}: {error}")
     return _as_traced(traced, problem) if problem else bound.call(program)
@@ -118,7 +141,7 @@ def _outside_of_dynamo() -> Iterator[None]:
 
 
 class _BoundGraph(nn.Module):
-    """A traced graph with its weights as attributes and its sizes read off the other tensors.
+    """A traced graph with its weights and numbers inside and its sizes read off the other tensors.
 
     Attributes:
         positions: where its inputs stand among the inputs of the traced graph.
@@ -126,10 +149,15 @@ class _BoundGraph(nn.Module):
     """
 
     def __init__(
-        self, traced: fx.GraphModule, inputs: Sequence[Any], is_weight: Sequence[bool]
+        self,
+        traced: fx.GraphModule,
+        inputs: Sequence[Any],
+        is_weight: Sequence[bool],
+        numbers: Sequence[int],
     ) -> None:
         super().__init__()
         self.traced = traced
+        self.graph = _with_numbers(traced, {i: inputs[i].item() for i in numbers})
         self.positions: list[int] = []
         self.symbolic: list[tuple[int, ...]] = []
         self._weights: dict[int, str] = {}
@@ -138,12 +166,12 @@ class _BoundGraph(nn.Module):
         for i, (value, known) in enumerate(zip(inputs, is_weight, strict=True)):
             if known:
                 self._hold(i, value)
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and i not in numbers:
                 self.positions.append(i)
         fakes = [node.meta["example_value"] for node in placeholders]
         self.symbolic = [_symbolic(fakes[i]) for i in self.positions]
         for i, fake in enumerate(fakes):
-            if i not in self._weights and i not in self.positions:
+            if i not in self._weights and i not in self.positions and i not in numbers:
                 self._sizes[i] = self._place_of(fake, fakes)
 
     def forward(self, *tensors: Tensor) -> Any:
@@ -151,7 +179,8 @@ class _BoundGraph(nn.Module):
         values: dict[int, Any] = dict(zip(self.positions, tensors, strict=True))
         values |= {i: getattr(self, name) for i, name in self._weights.items()}
         values |= {i: values[at].shape[dim] for i, (at, dim) in self._sizes.items()}
-        return tuple(pytree.tree_leaves(self.traced(*[values[i] for i in range(len(values))])))
+        count = len(self.graph.graph.find_nodes(op="placeholder"))
+        return tuple(pytree.tree_leaves(self.graph(*[values.get(i) for i in range(count)])))
 
     def concrete(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs with sizes as numbers: turning dynamo's own symbol into one would fix it."""
@@ -159,14 +188,12 @@ class _BoundGraph(nn.Module):
         return [sizes.get(i, value) for i, value in enumerate(inputs)]
 
     def call(self, program: Program) -> Callable[..., Any]:
-        """The program behind the signature of the traced graph; that graph where inputs do not fit."""
-        guards = program.meta["guards"]
+        """The program behind the traced graph's signature; that graph where inputs do not fit."""
         dynamic = any(self.symbolic)
-        names = [spec.name for spec in program.signature.inputs]
 
         def run(*inputs: Any) -> Any:
             tensors = [inputs[i] for i in self.positions]
-            if dynamic and not (_fits(program, tensors) and not violated(guards, dict(zip(names, tensors)))):
+            if dynamic and not _fits(program, tensors):
                 return self.traced(*inputs)
             return program.module(*tensors)
 
@@ -186,6 +213,24 @@ class _BoundGraph(nn.Module):
                 if str(extent) == str(size):
                     return i, dim
         raise ValueError(f"input {size} is no tensor and no size of one")
+
+
+def _with_numbers(traced: fx.GraphModule, numbers: dict[int, float]) -> fx.GraphModule:
+    """A copy that computes with these numbers, whatever the inputs at their places are."""
+    graph = copy.deepcopy(traced.graph)
+    placeholders = graph.find_nodes(op="placeholder")
+    for i, number in numbers.items():
+        for node in list(placeholders[i].users):
+            for user in list(node.users):
+                user.args, user.kwargs = fx.map_arg(
+                    (user.args, user.kwargs), partial(_put, node, number)
+                )
+            graph.erase_node(node)
+    return fx.GraphModule(traced, graph)
+
+
+def _put(node: fx.Node, number: float, value: fx.Node) -> Any:
+    return number if value is node else value
 
 
 def _symbolic(fake: Tensor) -> tuple[int, ...]:
@@ -214,11 +259,13 @@ def _rewrite(program: Program) -> None:
 def _fits(program: Program, tensors: Sequence[Tensor]) -> bool:
     """Whether the inputs have the sizes that the program was captured for."""
     sizes: dict[str, int] = {}
-    for spec, tensor in zip(program.signature.inputs, tensors, strict=True):
+    inputs = program.signature.inputs
+    for spec, tensor in zip(inputs, tensors, strict=True):
         for dim, size in zip(spec.dims, tensor.shape, strict=True):
             if (dim if isinstance(dim, int) else sizes.setdefault(dim, size)) != size:
                 return False
-    return True
+    named = {spec.name: tensor for spec, tensor in zip(inputs, tensors, strict=True)}
+    return violated(program.meta["guards"], named) is None
 
 
 def _difference(

@@ -45,7 +45,9 @@ def choose_backend(requested: str) -> BackendChoice:
             "backend", requested, "no kernels of this kind yet; use auto, eager or inductor"
         )
     if requested == "auto":
-        return BackendChoice("eager", "auto: runs at once; inductor has to be asked for, it compiles first")
+        return BackendChoice(
+            "eager", "auto: runs at once; inductor has to be asked for, it compiles first"
+        )
     return BackendChoice(requested, "asked for")
 
 
@@ -64,7 +66,9 @@ def lower(program: Program, backend: str) -> Callable[..., Any]:
 def inline_references(program: Program) -> Program:
     """A copy whose pure dialect calls are calls of their plain Python references."""
     lowered = program.clone()
-    references = {op.overload: op.reference for op in OPS.values() if not op.overload._schema.is_mutable}
+    references = {
+        op.overload: op.reference for op in OPS.values() if not op.overload._schema.is_mutable
+    }
     for node in lowered.graph.nodes:
         if node.op == "call_function" and node.target in references:
             inline(node, references[node.target])

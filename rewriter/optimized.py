@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rewriter.decoding.derive import logits_index
+from rewriter.decoding.new_tokens import check_tokens
 from rewriter.decoding.state import Session
+from rewriter.decoding.token_call import TokenCall, decode_call, whole_call
 from rewriter.errors import ConfigError, InputError
 from rewriter.lowering import lower
 from rewriter.program import InputSpec, Program
@@ -58,23 +61,32 @@ class OptimizedModel(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own signature and outputs."""
+        """The model's own signature and outputs; of a language model without a cache.
+
+        A language model takes `input_ids`, and by name `attention_mask`, `position_ids`,
+        `logits_to_keep` and `return_dict`. Where padding leaves the positions open and they matter,
+        they have to be given.
+
+        Raises:
+            InputError: names what is wrong and what is allowed.
+        """
         with torch.no_grad():
-            if self.program.decoding is not None:
+            if self._reads_tokens:
                 return self._forward_tokens(*args, **kwargs)
             values = self._flat_inputs(args, kwargs)
             return self._structured(self._run(*values))
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's `generate`: the same arguments, the same loop.
 
         Args:
-            input_ids: int64 [batch_size, prompt length], left padded if `attention_mask` says so.
-            kwargs: as of `transformers.GenerationMixin.generate`.
+            args, kwargs: as of `transformers.GenerationMixin.generate`: first `inputs` (also called
+                `input_ids`), int64 [batch_size, prompt length], left padded if `attention_mask`
+                says so.
 
         Raises:
-            InputError: the program cannot decode.
+            InputError: the program cannot decode, or cannot do what is asked for.
         """
         from transformers import GenerationConfig
 
@@ -83,11 +95,12 @@ class OptimizedModel(nn.Module):
         if self.program.decoding is None or self.config is None:
             reason = self.report.decoding or "it is not a causal language model"
             raise InputError(f"this program cannot generate: {reason}")
-        if input_ids is not None:
-            self._check_dtype("input_ids", input_ids, torch.int64)
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if prompt is not None:
+            check_tokens(prompt, None, self.program.meta.get("vocab_size"))
         defaults = GenerationConfig(**(self.generation_config or {}))
         generator = Generator(self, config_from_dict(self.config), defaults)
-        return generator.generate(input_ids, **kwargs)
+        return generator.generate(*args, **kwargs)
 
     def save(self, directory: str | Path) -> None:
         """Write a directory that `rewriter.load` reads: safetensors and JSON, all or nothing."""
@@ -99,30 +112,22 @@ class OptimizedModel(nn.Module):
         """Ahead-of-time export; not available yet: raises ConfigError."""
         raise ConfigError("path", str(path), "export is not available yet; use save()")
 
-    def _forward_tokens(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **others: Any,
-    ) -> Any:
-        given = sorted(name for name, value in others.items() if self._unsupported(name, value))
-        if given:
-            raise InputError(
-                f"{given[0]} is not supported; allowed: input_ids, attention_mask, position_ids"
-            )
-        self._check_dtype("input_ids", input_ids, torch.int64)
-        session = self.session(input_ids.shape[0], capacity=input_ids.shape[1])
-        outputs = session.outputs(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids
-        )
-        return self._structured(outputs)
+    @property
+    def _reads_tokens(self) -> bool:
+        program = self.program
+        return program.decoding is not None or program.meta.get("kind") == "causal_lm"
 
-    def _unsupported(self, name: str, value: Any) -> bool:
-        """Whether an argument asks for something that capture did not take in."""
-        if value is None or name in ("use_cache", "return_dict"):
-            return False
-        return self.program.signature.constants.get(name) != value
+    def _forward_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        call = TokenCall.parse(args, kwargs, self.program.signature.constants)
+        if self.program.decoding is not None:
+            outputs = decode_call(call, lambda rows, room: self.session(rows, capacity=room))
+        else:
+            named = whole_call(self.program, call)
+            outputs = list(self._run(*(named[spec.name] for spec in self.program.signature.inputs)))
+            which = logits_index(self.program)
+            outputs[which] = outputs[which][:, -call.logits_to_keep :]
+        result = self._structured(outputs)
+        return result if call.return_dict or isinstance(result, tuple) else result.to_tuple()
 
     def _structured(self, outputs: Any) -> Any:
         return pytree.tree_unflatten(list(outputs), self.program.signature.out_spec)
@@ -134,6 +139,9 @@ class OptimizedModel(nn.Module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != signature.in_spec:
             leaves = self._reordered(args, named)
+        for name, fixed in signature.constants.items():
+            if name in named and named[name] is not fixed and named[name] != fixed:
+                raise InputError(f"{name}={named[name]!r}; allowed: {fixed!r}, as captured")
         by_name = {
             name: leaf
             for name, leaf in zip(signature.leaf_names, leaves, strict=True)
@@ -145,7 +153,9 @@ class OptimizedModel(nn.Module):
         """Leaves in the captured order, when positional and keyword arguments were mixed otherwise."""
         signature = self.program.signature
         unknown = sorted(set(named) - set(signature.parameters))
-        missing = [n for n in signature.parameters if n not in named and n not in signature.constants]
+        missing = [
+            n for n in signature.parameters if n not in named and n not in signature.constants
+        ]
         if unknown or missing or len(args) > len(signature.parameters):
             wrong = f"unexpected {unknown}" if unknown else f"missing {missing}"
             allowed = ", ".join(signature.parameters)

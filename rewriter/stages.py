@@ -57,6 +57,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Time the block under this name."""
         log.info("%s", stage)
         if self.on_stage is not None:
             self.on_stage(stage)
@@ -180,7 +181,9 @@ def sound_base(
     problem = whole.mismatch(prepared.raised)
     if not problem:
         return prepared.raised, whole
-    report.notes.append(f"raising was undone: the raised program differed from the model ({problem})")
+    report.notes.append(
+        f"raising was undone: the raised program differed from the model ({problem})"
+    )
     report.coverage = tuple(dataclasses.replace(c, raised=0) for c in report.coverage)
     problem = whole.mismatch(captured)
     if problem:

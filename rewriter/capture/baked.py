@@ -1,4 +1,4 @@
-"""Which dimensions of the inputs stayed dynamic, under which names, and why the others were fixed."""
+"""Which dimensions of the inputs stayed dynamic, under which names, and why others were fixed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Described:
 def dynamic_dims(tensors: Mapping[str, Tensor], axes: tuple[str, ...]) -> Wanted:
     """The batch and sequence dimensions of each input, as far as `axes` asks for them.
 
-    Dimension 0 is the batch; dimension 1 the sequence, except in images (four dimensions or more). A
+    Dimension 0 is the batch; dimension 1 the sequence, except in images (four dimensions). A
     tensor [batch, 1 or heads, seq, seq] whose last size is another input's sequence is a mask.
     """
     lengths = {str(t.shape[1]) for t in tensors.values() if t.dim() in (2, 3)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import builtins
+import inspect
 import keyword
 import re
 from collections.abc import Mapping, Sequence
@@ -70,8 +70,8 @@ def flatten_call(model: nn.Module, example_inputs: object) -> Call:
     """Bind example inputs to `model.forward` and flatten them.
 
     Args:
-        example_inputs: a tuple or list of positional arguments, a mapping of keyword arguments, or one
-            tensor.
+        example_inputs: a tuple or list of positional arguments, a mapping of keyword ones, or a
+            single tensor.
 
     Raises:
         ConfigError: they are of another kind, do not fit the signature, or hold no tensor.
@@ -86,7 +86,9 @@ def flatten_call(model: nn.Module, example_inputs: object) -> Call:
         for path, leaf in zip(paths, leaves, strict=True)
     )
     if not any(names):
-        raise ConfigError("example_inputs", type(example_inputs).__name__, "needs at least one tensor")
+        raise ConfigError(
+            "example_inputs", type(example_inputs).__name__, "needs at least one tensor"
+        )
     return Call(parameters, names, paths, tuple(leaves), in_spec)
 
 
@@ -101,9 +103,7 @@ def _split(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ConfigError("example_inputs", type(example_inputs).__name__, allowed)
 
 
-def _parameters(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str, ...]:
+def _parameters(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
     """The forward parameters that the example gives. Raises ConfigError where they do not fit."""
     signature = inspect.signature(model.forward)
     try:
@@ -128,7 +128,9 @@ def _path_name(path: tuple[Any, ...], parameters: tuple[str, ...]) -> str:
     top, argument, *inner = path
     is_positional = top.idx == 0
     first = parameters[argument.idx] if is_positional else argument.key
-    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in inner]
+    keys = [
+        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in inner
+    ]
     return re.sub(r"\W", "_", "_".join([str(first), *keys]))
 
 

@@ -24,7 +24,7 @@ _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "se
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether it is a Hugging Face decoder-only model that turns token ids into next-token logits."""
+    """Whether it is a Hugging Face decoder-only model from token ids to next-token logits."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":

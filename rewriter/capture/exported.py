@@ -54,5 +54,3 @@ class ExportedModule(nn.Module):
         """Names of the tensor inputs in order; None for a constant."""
         arguments = [spec.arg for spec in self._user_inputs()]
         return [None if hasattr(argument, "value") else argument.name for argument in arguments]
-
-

@@ -66,7 +66,7 @@ def _name_inputs(graph: fx.Graph, names: Sequence[str | None]) -> None:
 
 
 def _own_mutated_buffers(module: fx.GraphModule, exported: ExportedProgram) -> None:
-    """Give the graph its own copy of buffers that it writes, so that the model's stay as they are."""
+    """Give the graph its own copy of buffers that it writes: the model's stay as they are."""
     for path in exported.graph_signature.buffers_to_mutate.values():
         parent, _, name = path.rpartition(".")
         owner = module.get_submodule(parent)

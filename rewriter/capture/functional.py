@@ -1,9 +1,9 @@
 """Make an exported graph functional by rewriting nodes, without tracing it again.
 
-What torch.export gives for inference differs from functional ATen in a handful of composite operators
-(`to`, `contiguous`, `dropout`, ...) and in-place ones on fresh tensors. Rewriting just those takes a few
-milliseconds, where `run_decompositions({})` takes as long as the export did. Whatever is not on the list
-is left to it.
+What torch.export gives for inference differs from functional ATen in a handful of composite
+operators (`to`, `contiguous`, `dropout`, ...) and in-place ones on fresh tensors. Rewriting just
+those takes a few milliseconds, where `run_decompositions({})` takes as long as the export did.
+Whatever is not on the list is left to it.
 """
 
 from __future__ import annotations
@@ -128,14 +128,22 @@ def _flatten(graph: fx.Graph, node: fx.Node) -> Replacement:
     outer = [_size(graph, node, source, dim) for dim in range(rank)]
     merged = _value(node).shape[start]
     inner = merged if isinstance(merged, int) else -1
-    return _call(graph, node, aten.reshape.default, source, [*outer[:start], inner, *outer[end + 1 :]])
+    return _call(
+        graph, node, aten.reshape.default, source, [*outer[:start], inner, *outer[end + 1 :]]
+    )
 
 
 def _unflatten(graph: fx.Graph, node: fx.Node) -> Replacement:
     source, dim, sizes = node.args[0], node.args[1], node.args[2]
     rank = _value(source).dim()
     outer = [_size(graph, node, source, d) for d in range(rank)]
-    return _call(graph, node, aten.reshape.default, source, [*outer[: dim % rank], *sizes, *outer[dim % rank + 1 :]])
+    return _call(
+        graph,
+        node,
+        aten.reshape.default,
+        source,
+        [*outer[: dim % rank], *sizes, *outer[dim % rank + 1 :]],
+    )
 
 
 def _dropout(graph: fx.Graph, node: fx.Node) -> Replacement:
@@ -215,7 +223,7 @@ def _functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | N
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """Whether nothing else can see a value's memory: computed, or a sole view of what was computed."""
+    """Whether nothing else sees a value's memory: computed, or the sole view of what was."""
     if node.op != "call_function":
         return False
     if not _aliases(node):

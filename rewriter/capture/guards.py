@@ -20,7 +20,7 @@ _SAME_SIZE = re.compile(r"\w+\.shape\[\d+\] == \w+\.shape\[\d+\]")
 
 
 def conditions(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> tuple[str, ...]:
-    """Conditions on the inputs under which the graph is the model, e.g. `input_ids.shape[1] <= 256`.
+    """Conditions under which the graph is the model, e.g. `input_ids.shape[1] <= 256`.
 
     Equal sizes are left out: such dimensions share a name in the signature. Branches of the model
     that were decided by the example's sizes show up here.
@@ -34,7 +34,7 @@ def conditions(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> tuple[
 def violated(guards: Sequence[str], inputs: Mapping[str, Tensor]) -> str | None:
     """The first condition that these inputs do not meet, or None.
 
-    `a != b` is reported but not enforced: it comes from slices of a table at exactly its own length,
+    `a != b` is reported but not enforced: it comes from slices of a table at its own length,
     where the graph stays right.
 
     Args:

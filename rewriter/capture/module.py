@@ -27,11 +27,11 @@ def capture(
 ) -> Program:
     """Trace `model` once on example inputs, with dynamic batch and sequence.
 
-    The model is not changed: a copy that shares its weights is traced, in eval mode. Dimensions that
-    had to be fixed are in `Program.baked`; `meta["guards"]` lists what else the trace took for granted.
+    The model is not changed: a copy that shares its weights is traced, in eval mode. Dimensions
+    that had to be fixed are in `Program.baked`; `meta["guards"]` lists what else was assumed.
 
     Args:
-        example_inputs: positional arguments, or keyword arguments as a mapping. None: what the model
+        example_inputs: positional arguments, or keyword arguments as a mapping. None: what it
             brings (`example_inputs` attribute, an exported program's own, Hugging Face dummy ids).
 
     Raises:

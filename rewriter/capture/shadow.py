@@ -1,4 +1,4 @@
-"""A structural copy of a model that shares its weights, so that tracing never touches the original."""
+"""A structural copy of a model that shares its weights: tracing never touches the original."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["shadow"]
 
 _TRACEABLE_ATTENTION = ("eager", "sdpa")
 _TRACEABLE_EXPERTS = "batched_mm"
-"""Experts as batched products: the one implementation whose control flow does not depend on the data
-and which stays plain ATen."""
+"""Experts as batched products: the one implementation without data-dependent control flow
+that stays plain ATen."""
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -29,7 +29,9 @@ def shadow(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model, _shared_tensors(model))
     except (TypeError, RuntimeError, ValueError) as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied for tracing: {error}") from None
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied for tracing: {error}"
+        ) from None
     copied.eval()
     _use_traceable_implementations(copied)
     return copied
@@ -45,7 +47,7 @@ def _shared_tensors(model: nn.Module) -> dict[int, object]:
 
 
 def _use_traceable_implementations(model: nn.Module) -> None:
-    """Choose, on the copy's own configuration, implementations without data-dependent control flow."""
+    """Choose, on the copy's own configuration, what has no data-dependent control flow."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", "eager") not in _TRACEABLE_ATTENTION:
         model.set_attn_implementation("sdpa")  # pyright: ignore

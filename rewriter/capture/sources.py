@@ -1,4 +1,4 @@
-"""Find a model by text: a Hugging Face directory, an exported program, or a factory. No downloads."""
+"""Find a model by text: a Hugging Face directory, an exported program, or a factory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ALLOWED = "a Hugging Face model directory, a .pt2 file of torch.export, or pack
 def load_model(source: str | Path) -> nn.Module:
     """Load the model that `source` names, in eval mode, from this machine only.
 
-    A factory takes no arguments and returns a module, or `(module, example_inputs)`; the examples are
+    A factory takes no arguments and returns a module, or `(module, example_inputs)`; these are
     kept on the module as `example_inputs`.
 
     Raises:
@@ -53,10 +53,14 @@ def _from_directory(path: Path) -> nn.Module:
         )
     except Exception as error:  # whatever the library and the file formats raise
         raise ModelError(f"cannot load {path}: {_one_line(error)}") from None
-    problems = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "mismatched_keys")}
+    problems = {
+        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "mismatched_keys")
+    }
     for kind, names in problems.items():
         if names:
-            raise ModelError(f"cannot load {path}: {kind.replace('_', ' ')} in its weights: {names[0]}")
+            raise ModelError(
+                f"cannot load {path}: {kind.replace('_', ' ')} in its weights: {names[0]}"
+            )
     return model
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +17,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from rewriter.errors import RewriterError, VerificationError
 
-__all__ = ["FAILED", "INTERRUPTED", "INVALID", "OK", "UNEXPECTED", "guarded", "out", "stages", "write_json"]
+__all__ = ["err", "guarded", "out", "stages", "write_json"]
 
-OK, FAILED, INVALID, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes: done; verification failed; bad usage or input; a defect of ours; interrupted."""
+FAILED, INVALID, UNEXPECTED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: verification failed; bad usage or input; a defect of ours; interrupted."""
+WORTH_A_LINE = 2.0
+"""Seconds a stage has to take to be mentioned."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -31,51 +34,71 @@ def write_json(value: Any) -> None:
 
 
 @contextmanager
-def stages(quiet: bool = False) -> Iterator[Any]:
-    """A callable that names the stage at work; shown on stderr with a spinner and a clock."""
+def stages() -> Iterator[Callable[[str], None]]:
+    """A callable that names the stage at work, for stderr: a spinner and a clock on a terminal.
+
+    Elsewhere each stage that took over two seconds leaves a line.
+    """
+    if not err.is_terminal:
+        with _timed_lines() as on_stage:
+            yield on_stage
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda stage: progress.update(task, description=stage)
 
 
 @contextmanager
+def _timed_lines() -> Iterator[Callable[[str], None]]:
+    current, started = "", time.perf_counter()
+
+    def on_stage(stage: str) -> None:
+        nonlocal current, started
+        seconds = time.perf_counter() - started
+        if current and seconds > WORTH_A_LINE:
+            err.print(f"{current}: {seconds:.1f} s", markup=False)
+        current, started = stage, time.perf_counter()
+
+    yield on_stage
+    on_stage("")
+
+
+@contextmanager
 def guarded(debug: bool) -> Iterator[None]:
     """Turn errors into one line and an exit code; `debug` lets them through."""
-    _quiet_libraries()
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    except VerificationError as error:
-        if debug:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _quiet_libraries()
+        try:
+            yield
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
-        _complain(str(error))
-        raise typer.Exit(FAILED) from None
-    except RewriterError as error:
-        if debug:
-            raise
-        _complain(str(error))
-        raise typer.Exit(INVALID) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:  # the last frontier: a defect of ours, said in one line
-        if debug:
-            raise
-        first = (str(error).splitlines() or [""])[0]
-        _complain(f"unexpected {type(error).__name__}: {first} (run with --debug for the traceback)")
-        raise typer.Exit(UNEXPECTED) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:  # the last frontier: whatever happened is said in one line
+            if debug:
+                raise
+            raise typer.Exit(_complain(error)) from None
 
 
-def _complain(message: str) -> None:
-    err.print(f"error: {message}", style="red", markup=False)
+def _complain(error: Exception) -> int:
+    """Say on stderr what went wrong; the exit code for it."""
+    if isinstance(error, RewriterError):
+        err.print(f"error: {error}", style="red", markup=False)
+        return FAILED if isinstance(error, VerificationError) else INVALID
+    first = (str(error).splitlines() or [""])[0]
+    hint = "run with --debug for the traceback"
+    err.print(
+        f"error: unexpected {type(error).__name__}: {first} ({hint})", style="red", markup=False
+    )
+    return UNEXPECTED
 
 
 def _quiet_libraries() -> None:
     """Progress bars and advice of the libraries below would mix with ours."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
     logging.getLogger("rewriter").addHandler(logging.NullHandler())
     from transformers.utils import logging as transformers_logging
 

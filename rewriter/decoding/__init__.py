@@ -1,0 +1,1 @@
+"""Incremental decoding, derived from a graph without a cache."""

@@ -10,8 +10,8 @@ import operator
 import torch
 from torch import fx
 
-from rewriter.decoding.mixing import mixing_operator, own_positions, vocabulary
-from rewriter.decoding.own_positions import read_positions
+from rewriter.decoding.mixing import mixing_operator, vocabulary
+from rewriter.decoding.own_positions import own_positions, read_positions
 from rewriter.dialect import OPS
 from rewriter.engine.miss import Miss
 from rewriter.engine.site import Site, bound_arguments, sites
@@ -23,6 +23,8 @@ aten = torch.ops.aten
 SUBJECT = "derive-decoding"
 CAUSAL_MASKS = ("causal", "sliding_window", "chunked")
 END = 9223372036854775807
+OWN_POSITIONS = "positions are generated inside the model and could not be replaced by position_ids"
+CALL_LENGTH = "what a token gives depends on how many tokens come with it"
 TAIL = frozenset(
     {
         aten.mul.Tensor,
@@ -51,7 +53,9 @@ def derive(program: Program) -> Program | Miss:
     """
     names = {spec.name for spec in program.signature.inputs}
     if "input_ids" not in names or not names <= {"input_ids", "position_ids"}:
-        return Miss(SUBJECT, f"expected the inputs input_ids and position_ids, found {sorted(names)}")
+        return Miss(
+            SUBJECT, f"expected the inputs input_ids and position_ids, found {sorted(names)}"
+        )
     attentions = sites(program, "attention")
     if not attentions:
         node = mixing_operator(program)
@@ -66,7 +70,9 @@ def derive(program: Program) -> Program | Miss:
     if mixer is not None:
         return Miss.at(mixer, SUBJECT, f"{mixer.target} mixes tokens and is not causal attention")
     for baked in program.baked:
-        reason = f"capture fixed dimension {baked.dim} of {baked.input} at {baked.value}: {baked.reason}"
+        reason = (
+            f"capture fixed dimension {baked.dim} of {baked.input} at {baked.value}: {baked.reason}"
+        )
         return Miss(SUBJECT, reason)
     return _derive_checked(program.clone())
 
@@ -89,11 +95,11 @@ def _not_causal(site: Site) -> Miss | None:
 
 def _derive_checked(program: Program) -> Program | Miss:
     """Derivation proper, once only causal attention is left to mix tokens."""
-    if own_positions(program):
-        read_positions(program)
-        if own_positions(program):
-            reason = "positions are generated inside the model and could not be replaced by position_ids"
-            return Miss(SUBJECT, reason, *_position_source(program))
+    if own_positions(program) is not None:
+        counts = read_positions(program)
+        node = own_positions(program)
+        if node is not None:
+            return Miss.at(node, SUBJECT, OWN_POSITIONS if counts else CALL_LENGTH)
     limit = _position_limit(program)
     _inputs(program, limit)
     for index, site in enumerate(sites(program, "attention")):
@@ -101,14 +107,6 @@ def _derive_checked(program: Program) -> Program | Miss:
     _keep_last_logits(program)
     program.finish()
     return program
-
-
-def _position_source(program: Program) -> tuple[str, str]:
-    for target in (aten.arange.default, aten.arange.start, aten.cumsum.default):
-        for node in program.calls(target):
-            at = Miss.at(node, SUBJECT, "")
-            return at.node, at.source
-    return "", ""
 
 
 def _position_limit(program: Program) -> int | None:
@@ -154,7 +152,9 @@ def _keep_entries(program: Program, site: Site, index: int) -> None:
         )
         views = [graph.call_function(aten.slice.Tensor, (s, 2, 0, kv_len)) for s in states]
     for new in (append, *views):
-        new.meta = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+        new.meta = {
+            key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta
+        }
     q_positions, k_positions = (program.placeholder(n) for n in ("q_positions", "k_positions"))
     rest = (arguments[name] for name in ("bias", "sinks", "slopes"))
     node.args = (arguments["q"], *views, q_positions, k_positions, *rest)
@@ -164,7 +164,9 @@ def _keep_entries(program: Program, site: Site, index: int) -> None:
 def _state(program: Program, new: fx.Node, index: int, role: str) -> fx.Node:
     value = new.meta["val"]
     dims = ("batch", int(value.shape[1]), "capacity", int(value.shape[3]))
-    return program.add_state(StateSpec(f"layer{index}_{role}", dims, value.dtype, role, layer=index))
+    return program.add_state(
+        StateSpec(f"layer{index}_{role}", dims, value.dtype, role, layer=index)
+    )
 
 
 def _keep_last_logits(program: Program) -> None:

@@ -65,6 +65,7 @@ class Generator(nn.Module, GenerationMixin):
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_owner", owner)
+        self._prefill_chunk: int | None = None
         self.config = config
         self.generation_config = generation_config
         parameter = next(iter(owner.parameters()), None)
@@ -87,6 +88,17 @@ class Generator(nn.Module, GenerationMixin):
         """Never: nothing of the model's own code runs."""
         return False
 
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *_: Any) -> None:
+        """None to prepare: `forward` opens a session. Chunks of a prompt are the session's too."""
+        self._prefill_chunk = generation_config.prefill_chunk_size
+        generation_config.prefill_chunk_size = None
+
+    def _assisted_decoding(self, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) is not supported;"
+            " allowed: greedy search, sampling and beam search"
+        )
+
     def forward(
         self,
         input_ids: Tensor,
@@ -94,11 +106,15 @@ class Generator(nn.Module, GenerationMixin):
         past_key_values: SessionCache | None = None,
         logits_to_keep: int = 0,
         use_cache: bool = True,
-        **_: Any,
+        return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """Feed the tokens that the cache has not seen."""
+        if past_key_values is not None and not isinstance(past_key_values, SessionCache):
+            kind = type(past_key_values).__name__
+            raise InputError(f"past_key_values is {kind}; allowed: none, the program keeps its own")
         if past_key_values is None or not use_cache:
-            past_key_values = SessionCache(self._owner.session(input_ids.shape[0]))
+            session = self._owner.session(input_ids.shape[0], prefill_chunk=self._prefill_chunk)
+            past_key_values = SessionCache(session)
         logits = past_key_values.session.run(
             input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep
         )
@@ -115,6 +131,9 @@ class Generator(nn.Module, GenerationMixin):
         """The new tokens, the whole mask and the cache."""
         if kwargs.get("inputs_embeds") is not None:
             raise InputError("inputs_embeds is not supported; give input_ids")
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise InputError(f"{name} is not supported: the program returns logits only")
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         return {

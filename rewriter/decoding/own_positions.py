@@ -1,15 +1,21 @@
-"""Models that count positions themselves: read them from `position_ids` instead."""
+"""Models that count positions themselves: find them, and read from `position_ids` instead."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
+from rewriter.decoding.mixing import by_token, differs, probe_tokens, run_alone
 from rewriter.program import Program
 
-__all__ = ["read_positions"]
+__all__ = ["own_positions", "read_positions"]
+
+ROWS, LENGTH = 2, 13
+SUFFIXES = (5, 12)
+"""Where the suffixes of a probe start: several tokens, and one alone."""
 
 aten = torch.ops.aten
 POINTWISE = frozenset(
@@ -27,6 +33,32 @@ POINTWISE = frozenset(
 RESHAPES = frozenset(
     {aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default}
 )
+
+
+def own_positions(program: Program) -> fx.Node | None:
+    """The first operator that computes otherwise in a suffix, at its true positions, than in the whole.
+
+    Attention stands aside, so a difference means that the model counts positions of its own, or looks at
+    how many tokens a call brings. None when there is none at the outputs.
+    """
+    ids = probe_tokens(program, ROWS, LENGTH, seed=1)
+    device = next((p.device for p in program.module.parameters()), ids.device)
+    positions = torch.arange(LENGTH, device=device).expand(ROWS, -1).contiguous()
+    ids = ids.to(device)
+    whole = run_alone(program, ids, positions)
+    for start in SUFFIXES:
+        suffix = run_alone(program, ids[:, start:], positions[:, start:].contiguous())
+
+        def moved(node: fx.Node, start: int = start, suffix: dict[fx.Node, Any] = suffix) -> bool:
+            full = by_token(whole[node], ROWS, LENGTH)
+            part = by_token(suffix[node], ROWS, LENGTH - start)
+            comparable = full is not None and part is not None
+            return comparable and differs(full[:, start:], part)
+
+        if any(moved(node) for node in program.graph.output_node().all_input_nodes):
+            calls = (node for node in program.graph.nodes if node.op == "call_function")
+            return next(node for node in calls if moved(node))
+    return None
 
 
 def read_positions(program: Program) -> bool:
@@ -68,16 +100,14 @@ def _substitute(graph: fx.Graph, counter: fx.Node, positions: fx.Node) -> None:
     with graph.inserting_before(counter):
         typed = positions
         if counter.kwargs.get("dtype") not in (None, torch.int64):
-            typed = graph.call_function(aten._to_copy.default, (positions,), {"dtype": counter.kwargs["dtype"]})
+            typed = graph.call_function(
+                aten._to_copy.default, (positions,), {"dtype": counter.kwargs["dtype"]}
+            )
     pending = [(counter, typed)]
     while pending:
         old, new = pending.pop()
         for user in list(old.users):
-            if user.target is aten.unsqueeze.default and user.args[1] == 0:
-                pending.append((user, new))
-            elif user.target in RESHAPES and _is_row(user):
-                pending.append((user, new))
-            elif user.target is aten.slice.Tensor and user.args[1] == 0 and len(user.args) < 3:
+            if _only_adds_a_row(user):
                 pending.append((user, new))
             elif user.target in POINTWISE and _is_row(user):
                 with graph.inserting_before(user):
@@ -88,6 +118,15 @@ def _substitute(graph: fx.Graph, counter: fx.Node, positions: fx.Node) -> None:
                 pending.append((user, twin))
             else:
                 user.replace_input_with(old, new)
+
+
+def _only_adds_a_row(node: fx.Node) -> bool:
+    """Whether it turns [q_len] into [1, q_len], which positions of a batch already are."""
+    if node.target in RESHAPES:
+        return _is_row(node)
+    if node.target is aten.slice.Tensor:
+        return node.args[1:] == (0,)
+    return node.target is aten.unsqueeze.default and node.args[1] == 0
 
 
 def _is_row(node: fx.Node) -> bool:

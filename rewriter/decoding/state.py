@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.decoding.derive import logits_index
+from rewriter.decoding.new_tokens import check_tokens, new_columns, new_positions
 from rewriter.errors import ConfigError, InputError
 from rewriter.program import Decoding, Program, StateSpec
 
@@ -43,8 +44,10 @@ class Session:
         prefill_chunk: int | None = None,
     ) -> None:
         if program.decoding is None:
-            raise InputError("this program has no decoding state; call it like the model it came from")
-        for field, value in (("batch_size", batch_size), ("capacity", capacity), ("prefill_chunk", prefill_chunk)):
+            reason = "this program has no decoding state; call it like the model it came from"
+            raise InputError(reason)
+        sizes = {"batch_size": batch_size, "capacity": capacity, "prefill_chunk": prefill_chunk}
+        for field, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(field, value, "an integer of at least 1")
         self.program, self.batch_size, self.capacity = program, batch_size, capacity
@@ -52,6 +55,8 @@ class Session:
         self._run = program.module if run is None else run
         self._names = [node.name for node in program.placeholders()]
         self._logits = logits_index(program)
+        self._vocab_size = program.meta.get("vocab_size")
+        self._dense = not any(spec.bounded for spec in self._decoding.states)
         self._chunk = _smallest(prefill_chunk, self._decoding.max_chunk)
         parameters = list(program.module.parameters())
         self._device = parameters[0].device if parameters else torch.device("cpu")
@@ -73,6 +78,11 @@ class Session:
             return self._true
         return torch.full((self.batch_size,), self._next, dtype=torch.int64, device=self._device)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether some state forgets: it cannot be taken back, and positions have to go on by one."""
+        return not self._dense
+
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
         tensors = [*self._state.values()]
@@ -93,14 +103,16 @@ class Session:
         Args:
             input_ids: int64 [batch_size, q_len].
             attention_mask: 1 = token, 0 = padding, on either side; its last q_len columns are read.
-            position_ids: true positions [batch_size, q_len]; by default each row counts on.
+            position_ids: true positions [batch_size, q_len]; by default each row counts on over its
+                tokens. Given ones may count over padding too.
             logits_to_keep: how many last rows of logits to compute; 0 = all.
 
         Returns:
             logits [batch_size, logits_to_keep or q_len, vocab_size]; rows of padding mean nothing.
 
         Raises:
-            InputError: wrong dtype or shape, no room left, or a position the model does not have.
+            InputError: wrong dtype or shape, an unknown token, no room left, or a position the model
+                does not have. The state is as it was.
         """
         return self.outputs(
             input_ids,
@@ -117,8 +129,8 @@ class Session:
         position_ids: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> tuple[Tensor, ...]:
-        """Like `run`, with everything that the program returns (chunks: of the last call but logits)."""
-        self._check_ids(input_ids)
+        """Like `run`, with everything that the program returns; of chunks: the last one's, but logits."""
+        check_tokens(input_ids, self.batch_size, self._vocab_size)
         q_len = input_ids.shape[1]
         positions = self._positions(q_len, attention_mask, position_ids)
         self._check_limits(q_len, positions)
@@ -133,7 +145,7 @@ class Session:
         Raises:
             InputError: bounded state, padding, or more entries than there are.
         """
-        if any(spec.bounded for spec in self._decoding.states) or self._true is not None:
+        if not self._dense or self._true is not None:
             raise InputError("only dense, unpadded state can be cropped")
         if not 0 <= entries <= self.entries:
             raise InputError(f"entries={entries} is not allowed: 0 to {self.entries}")
@@ -153,14 +165,6 @@ class Session:
         shape = [extents[dim] if isinstance(dim, str) else dim for dim in spec.dims]
         return torch.full(shape, spec.fill, dtype=spec.dtype, device=self._device)
 
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids has dtype {input_ids.dtype}; allowed: torch.int64, torch.int32")
-        if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size or input_ids.shape[1] == 0:
-            raise InputError(
-                f"input_ids has shape {list(input_ids.shape)}; allowed: [{self.batch_size}, 1 or more]"
-            )
-
     def _check_limits(self, q_len: int, positions: Tensor | None) -> None:
         limit = self._decoding.max_positions
         last = self._next + q_len if positions is None else int(positions.max()) + 1
@@ -176,38 +180,18 @@ class Session:
         self, q_len: int, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor | None:
         """True positions [batch_size, q_len], -1 = padding; None when all rows simply count on."""
+        real = None
         if attention_mask is not None:
-            attention_mask = self._new_columns(attention_mask, q_len)
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if position_ids is None and not padded and self._true is None:
+            real = new_columns(attention_mask, self.batch_size, q_len)
+            real = None if real is None else real.to(self._device)
+        if position_ids is None and real is None and self._true is None:
             return None
-        if padded and attention_mask is not None:
-            steps = attention_mask.cumsum(1)
-        else:
-            steps = torch.arange(1, q_len + 1, device=self._device).expand(self.batch_size, -1)
-        counted = self.true_positions.unsqueeze(1) + steps - 1
-        if position_ids is not None:
-            given = position_ids.to(torch.int64).expand(self.batch_size, -1)
-            if given.shape[1] != q_len:
-                raise InputError(f"position_ids has {given.shape[1]} columns; allowed: {q_len}")
-            real = given if attention_mask is None else torch.where(attention_mask, given, counted)
-            if not torch.equal(real.sub(real[:, -1:]), counted.sub(counted[:, -1:])):
-                raise InputError("position_ids have to ascend by one along each row")
-            if self._true is None and not padded and torch.equal(given, counted):
-                return None
-            counted = given
-        return counted if attention_mask is None else counted.masked_fill(~attention_mask, -1)
-
-    def _new_columns(self, attention_mask: Tensor, q_len: int) -> Tensor:
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != self.batch_size:
-            raise InputError(
-                f"attention_mask has shape {list(attention_mask.shape)}; allowed: [{self.batch_size}, tokens]"
-            )
-        if attention_mask.shape[1] < q_len:
-            raise InputError(
-                f"attention_mask has {attention_mask.shape[1]} columns; allowed: {q_len} or more"
-            )
-        return attention_mask[:, -q_len:].to(device=self._device, dtype=torch.bool)
+        start = self.true_positions
+        positions = new_positions(start, q_len, real, position_ids, dense=self._dense)
+        if real is not None or self._true is not None:
+            return positions
+        counting_on = torch.arange(self._next, self._next + q_len, device=self._device)
+        return None if bool((positions == counting_on).all()) else positions
 
     def _call_in_chunks(
         self, input_ids: Tensor, positions: Tensor | None, logits_to_keep: int
@@ -241,7 +225,11 @@ class Session:
         states = self._state
         outputs = self._run(*[states[n] if n in states else values.get(n) for n in self._names])
         self.entries += q_len
-        return outputs
+        logits = outputs[self._logits]
+        if 0 < logits_to_keep < logits.shape[1]:  # a program without a projection to cut short
+            outputs = list(outputs)
+            outputs[self._logits] = logits[:, -logits_to_keep:]
+        return tuple(outputs)
 
     def _place(self, q_len: int, positions: Tensor | None) -> dict[str, Tensor | None]:
         """The position inputs of a call, moving the rows' positions on."""

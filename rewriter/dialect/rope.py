@@ -44,9 +44,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     else:
         first, second = rotated[..., :half], rotated[..., half:]
     low, high = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
-        out = torch.stack((low, high), dim=-1).flatten(-2)
-    else:
-        out = torch.cat((low, high), dim=-1)
-    out = out.to(x.dtype)
+    turned = (
+        torch.stack((low, high), dim=-1).flatten(-2) if interleaved else torch.cat((low, high), -1)
+    )
+    out = turned.to(x.dtype)
     return out if rest.shape[-1] == 0 else torch.cat((out, rest), dim=-1)

@@ -214,7 +214,9 @@ class _PassRun:
                 self._at(site)
                 if check_each:
                     self.check()
-            except Exception as error:  # a pass is somebody else's code: what it raises is its failure
+            except (
+                Exception
+            ) as error:  # a pass is somebody else's code: what it raises is its failure
                 what = f"{self.rewrite} at {site.label}"
                 text = str(error) if isinstance(error, RewriteError) else _named(what, error)
                 raise _SiteFailed(site.key, text) from error
@@ -239,7 +241,10 @@ class _PassRun:
             return
         chosen = self.rewrite if self.setting is None else self.setting(self.rewrite, facts)
         inputs = tuple(n and n.name for n in chosen.reference_inputs(site, facts))
-        old, users = set(self.program.graph.nodes), [] if site.node is None else list(site.node.users)
+        old, users = (
+            set(self.program.graph.nodes),
+            [] if site.node is None else list(site.node.users),
+        )
         chosen.rewrite(self.program.graph, site, facts)
         new = [node for node in self.program.graph.nodes if node not in old]
         after = _replacement(users, old)

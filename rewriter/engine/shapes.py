@@ -37,9 +37,7 @@ class ShapeError(Exception):
 class Shapes:
     """Fake values by node name; a node whose value cannot be told without data is absent."""
 
-    mode: FakeTensorMode = field(
-        default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True)
-    )
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     values: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Form] = field(default_factory=dict)
 
@@ -54,9 +52,7 @@ class Shapes:
         """Independent of this one from here on."""
         return Shapes(self.mode, dict(self.values), dict(self.inputs))
 
-    def learn(
-        self, program: Program, nodes: Iterable[fx.Node], *, demanding: bool = True
-    ) -> None:
+    def learn(self, program: Program, nodes: Iterable[fx.Node], *, demanding: bool = True) -> None:
         """Evaluate these nodes, given in graph order, and inputs that are new or changed.
 
         Raises:

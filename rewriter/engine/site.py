@@ -37,7 +37,11 @@ class Site:
         """For people: `layer 3 attention`, or `attention #3` when the layer is unknown."""
         if self.node is None:
             return "program"
-        return f"layer {self.layer} {self.op}" if self.layer is not None else f"{self.op} #{self.index}"
+        return (
+            f"layer {self.layer} {self.op}"
+            if self.layer is not None
+            else f"{self.op} #{self.index}"
+        )
 
     @property
     def key(self) -> str:

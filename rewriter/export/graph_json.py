@@ -1,42 +1,37 @@
-"""A program's graph as JSON and back. Targets are looked up by checked names; nothing is evaluated."""
+"""A program's graph as JSON and back. Targets are looked up by checked names; nothing is evaluated.
+
+FX turns a graph into Python text and runs it, so everything that ends up in that text is checked on
+reading: inputs, keywords and attribute paths are plain names, operators come from known tables.
+"""
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from rewriter.dialect import OPS
 from rewriter.errors import ArtifactError
-from rewriter.program import BakedDim, Decoding, InputSpec, Signature, StateSpec
 from rewriter.source import module_path, source_line
 
-__all__ = [
-    "decoding_from_json",
-    "decoding_to_json",
-    "graph_from_json",
-    "graph_to_json",
-    "signature_from_json",
-    "signature_to_json",
-]
+__all__ = ["graph_from_json", "graph_to_json", "value_from_json", "value_to_json"]
 
 NAMESPACES = ("aten", "rewriter", "prims")
+FORBIDDEN = frozenset({"from_file"})
+"""Operators that reach beyond the tensors they are given."""
+ATTRIBUTE = re.compile(r"[\w \-:/]+(\.[\w \-:/]+)*")
+ARITHMETIC = "add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem"
 PLAIN: dict[str, Any] = {
     f"{module.__name__.strip('_')}.{name}": getattr(module, name)
     for module, names in (
-        (
-            operator,
-            "add sub mul floordiv truediv mod neg getitem pow eq ne lt le gt ge and_ or_ not_".split(),
-        ),
-        (math, "ceil floor trunc sqrt".split()),
-        (torch, "sym_int sym_float sym_max sym_min sym_not sym_ite".split()),
+        (operator, tuple(ARITHMETIC.split())),
+        (math, ("ceil", "floor", "trunc", "sqrt")),
+        (torch, ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")),
     )
     for name in names
 }
@@ -59,8 +54,8 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         "name": node.name,
         "op": node.op,
         "target": _target_to_json(node),
-        "args": [_value_to_json(a) for a in node.args],
-        "kwargs": {k: _value_to_json(v) for k, v in node.kwargs.items()},
+        "args": [value_to_json(a) for a in node.args],
+        "kwargs": {k: value_to_json(v) for k, v in node.kwargs.items()},
     }
     if node.op == "call_function":
         stored["source"], stored["module"] = source_line(node), module_path(node)
@@ -80,7 +75,8 @@ def _target_to_json(node: fx.Node) -> str:
     raise ArtifactError(f"{node.op} {node.target} at {node.name} cannot be saved")
 
 
-def _value_to_json(value: Any) -> Any:
+def value_to_json(value: Any) -> Any:
+    """JSON of an argument; nodes by name. Raises ArtifactError for other types."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -88,11 +84,11 @@ def _value_to_json(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, tuple):
-        return {"tuple": [_value_to_json(item) for item in value]}
+        return {"tuple": [value_to_json(item) for item in value]}
     if isinstance(value, list):
-        return [_value_to_json(item) for item in value]
+        return [value_to_json(item) for item in value]
     if isinstance(value, slice):
-        return {"slice": [_value_to_json(v) for v in (value.start, value.stop, value.step)]}
+        return {"slice": [value_to_json(v) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     for kind, type_ in TORCH_VALUES.items():
@@ -107,23 +103,22 @@ def graph_from_json(stored: list[dict[str, Any]]) -> fx.Graph:
     for item in stored:
         try:
             node = _node_from_json(graph, item, nodes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             name = item.get("name", "?") if isinstance(item, dict) else "?"
-            raise ArtifactError(f"node {name!r} of the graph is damaged: {error}") from error
+            raise ArtifactError(f"node {name!r} of the graph is damaged: {error!r}") from error
         nodes[item["name"]] = node
     return graph
 
 
 def _node_from_json(graph: fx.Graph, item: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
     op, name = item["op"], item["name"]
-    args = tuple(_value_from_json(a, nodes) for a in item["args"])
-    kwargs = {k: _value_from_json(v, nodes) for k, v in item["kwargs"].items()}
+    args = tuple(value_from_json(a, nodes) for a in item["args"])
+    kwargs = {k: value_from_json(v, nodes) for k, v in item["kwargs"].items()}
+    if not all(key.isidentifier() for key in kwargs):
+        raise ArtifactError(f"node {name!r} has the keywords {sorted(kwargs)}")
     if op == "output":
         return graph.output(args[0])
-    if op not in ("placeholder", "get_attr", "call_function"):
-        raise ArtifactError(f"node {name!r} has the operation {op!r}")
-    target = _target_from_json(item["target"]) if op == "call_function" else item["target"]
-    node = graph.create_node(op, target, args, kwargs, name=name)
+    node = graph.create_node(op, _checked_target(op, item["target"], name), args, kwargs, name=name)
     if node.name != name:
         raise ArtifactError(f"node {name!r} is stored twice")
     if op == "call_function":
@@ -134,11 +129,23 @@ def _node_from_json(graph: fx.Graph, item: dict[str, Any], nodes: dict[str, fx.N
     return node
 
 
+def _checked_target(op: str, target: str, name: str) -> Any:
+    """What a node stands for: an input of its name, an attribute path, or an operator."""
+    if op == "call_function":
+        return _target_from_json(target)
+    if op == "placeholder" and target == name and name.isidentifier():
+        return target
+    if op == "get_attr" and ATTRIBUTE.fullmatch(target):
+        return target
+    raise ArtifactError(f"node {name!r} has the operation {op!r} on {target!r}")
+
+
 def _frame(source: str) -> str:
     """A stack trace of one frame that reads back as this source line."""
     where, separator, function = source.partition(" in ")
     file, _, line = where.rpartition(":")
-    return f'File "{file}", line {line}, in {function}' if separator else ""
+    readable = separator and source.isprintable()
+    return f'File "{file}", line {line}, in {function}' if readable else ""
 
 
 def _target_from_json(text: str) -> Any:
@@ -148,8 +155,8 @@ def _target_from_json(text: str) -> Any:
     name, _, overload = rest.rpartition(".")
     if namespace == "rewriter" and name in OPS:
         return OPS[name].overload
-    known = namespace in NAMESPACES and name.isidentifier() and overload.isidentifier()
-    if not known or namespace == "rewriter":
+    known = namespace in ("aten", "prims") and name not in FORBIDDEN
+    if not known or not name.isidentifier() or not overload.isidentifier():
         raise ArtifactError(f"unknown operator {text!r}")
     packet = getattr(getattr(torch.ops, namespace), name, None)
     found = getattr(packet, overload, None)
@@ -158,18 +165,21 @@ def _target_from_json(text: str) -> Any:
     return found
 
 
-def _value_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+def value_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """The inverse. Raises ArtifactError for an unknown kind."""
     if isinstance(value, list):
-        return [_value_from_json(item, nodes) for item in value]
+        return [value_from_json(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
+    if len(value) != 1:
+        raise ArtifactError(f"unknown value {str(value)[:80]}")
     ((kind, inner),) = value.items()
     if kind == "node":
         return nodes[inner]
     if kind == "tuple":
-        return tuple(_value_from_json(item, nodes) for item in inner)
+        return tuple(value_from_json(item, nodes) for item in inner)
     if kind == "slice":
-        return slice(*(_value_from_json(item, nodes) for item in inner))
+        return slice(*(value_from_json(item, nodes) for item in inner))
     if kind == "float":
         return float(inner)
     if kind == "device":
@@ -178,101 +188,3 @@ def _value_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if kind in TORCH_VALUES and isinstance(found, TORCH_VALUES[kind]):
         return found
     raise ArtifactError(f"unknown value {kind!r}: {inner!r}")
-
-
-def signature_to_json(signature: Signature) -> dict[str, Any]:
-    """Plain JSON types of a signature."""
-    return {
-        "parameters": list(signature.parameters),
-        "inputs": [
-            {"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "dims": list(i.dims)}
-            for i in signature.inputs
-        ],
-        "constants": {k: _value_to_json(v) for k, v in signature.constants.items()},
-        "in_spec": json.loads(pytree.treespec_dumps(signature.in_spec)),
-        "leaf_names": list(signature.leaf_names),
-        "out_spec": json.loads(pytree.treespec_dumps(signature.out_spec)),
-    }
-
-
-def signature_from_json(stored: dict[str, Any]) -> Signature:
-    """The inverse. Raises ArtifactError for an unknown output type."""
-    inputs = tuple(
-        InputSpec(i["name"], _dtype(i["dtype"]), tuple(i["dims"])) for i in stored["inputs"]
-    )
-    return Signature(
-        parameters=tuple(stored["parameters"]),
-        inputs=inputs,
-        constants={k: _value_from_json(v, {}) for k, v in stored["constants"].items()},
-        in_spec=_treespec(stored["in_spec"]),
-        leaf_names=tuple(stored["leaf_names"]),
-        out_spec=_treespec(stored["out_spec"]),
-    )
-
-
-def _treespec(stored: Any) -> pytree.TreeSpec:
-    """A pytree spec; output classes are looked up in transformers alone."""
-    for name in _types(stored):
-        if name.startswith("transformers."):
-            importlib.import_module(name.rpartition(".")[0])
-    try:
-        return pytree.treespec_loads(json.dumps(stored))
-    except (NotImplementedError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"unknown structure of inputs or outputs: {error}") from error
-
-
-def _types(stored: Any) -> list[str]:
-    if isinstance(stored, list):
-        return [name for item in stored for name in _types(item)]
-    if not isinstance(stored, dict):
-        return []
-    own = stored.get("type")
-    inner = [name for value in stored.values() for name in _types(value)]
-    return [own, *inner] if isinstance(own, str) else inner
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"unknown dtype {name!r}")
-    return found
-
-
-def decoding_to_json(decoding: Decoding | None) -> dict[str, Any] | None:
-    """Plain JSON types of the decoding state."""
-    if decoding is None:
-        return None
-    states = [
-        {
-            "name": s.name,
-            "dims": list(s.dims),
-            "dtype": str(s.dtype).removeprefix("torch."),
-            "role": s.role,
-            "fill": s.fill,
-            "layer": s.layer,
-        }
-        for s in decoding.states
-    ]
-    return {
-        "states": states,
-        "max_positions": decoding.max_positions,
-        "max_chunk": decoding.max_chunk,
-        "requires_positions": decoding.requires_positions,
-    }
-
-
-def decoding_from_json(stored: dict[str, Any] | None) -> Decoding | None:
-    """The inverse."""
-    if stored is None:
-        return None
-    states = tuple(
-        StateSpec(s["name"], tuple(s["dims"]), _dtype(s["dtype"]), s["role"], s["fill"], s["layer"])
-        for s in stored["states"]
-    )
-    limits = (stored["max_positions"], stored["max_chunk"], stored["requires_positions"])
-    return Decoding(states, *limits)
-
-
-def baked_to_json(baked: tuple[BakedDim, ...]) -> list[list[Any]]:
-    """Plain JSON types of baked-in dimensions."""
-    return [[b.input, b.dim, b.value, b.reason] for b in baked]

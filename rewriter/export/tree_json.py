@@ -5,7 +5,7 @@
 | `null` | one value |
 | `{"tuple": [...]}`, `{"list": [...]}` | a tuple, a list |
 | `{"dict": [...], "keys": [...]}` | a dict |
-| `{"fields": [...], "names": [...], "absent": [...], "class": "..."}` | an object with named fields |
+| `{"fields": [...], "names": [...], "absent": [...], "class": "..."}` | an object with fields |
 
 Reading imports nothing but output classes of transformers. A class that this process does not know
 becomes a `Record` with the same fields.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -86,7 +87,12 @@ def tree_from_json(stored: Any) -> pytree.TreeSpec:
             return pytree.TreeSpec(list, None, _children(children))
         case {"dict": list(children), "keys": list(keys)} if len(keys) == len(children):
             return pytree.TreeSpec(dict, keys, _children(children))
-        case {"fields": list(children), "names": list(names), "absent": list(absent), "class": str(name)}:
+        case {
+            "fields": list(children),
+            "names": list(names),
+            "absent": list(absent),
+            "class": str(name),
+        }:
             if len(names) == len(children):
                 return _fields(name, names, absent, _children(children))
     raise ArtifactError(f"unknown structure of inputs or outputs: {str(stored)[:80]}")
@@ -109,14 +115,16 @@ def _fields(
 
 
 def _known_class(name: str) -> Any:
-    """A class that pytree knows in this process, or an output class of transformers."""
+    """A class that this process knows: an output, of transformers or not, or a named tuple."""
     module_name, _, class_name = name.rpartition(".")
     if _OUTPUT_MODULE.fullmatch(module_name):
         _import(module_name)
     for kind in pytree.SUPPORTED_NODES:
         if isinstance(kind, type) and f"{kind.__module__}.{kind.__qualname__}" == name:
             return kind
-    return None
+    kind = getattr(sys.modules.get(module_name), class_name, None)
+    is_named_tuple = isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+    return kind if is_named_tuple else None
 
 
 def _import(module_name: str) -> None:

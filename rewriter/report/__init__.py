@@ -1,0 +1,1 @@
+"""What was done and what was not, as data, text and a page."""

@@ -2,113 +2,116 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import tempfile
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from rewriter.cost.cost import Cost
 from rewriter.errors import ConfigError
-from rewriter.report.report import Report
+from rewriter.report.report import Report, Step
+from rewriter.report.side_by_side import readable, side_by_side
+from rewriter.verify.certificate import Certificate
 
 __all__ = ["render_html", "write_html"]
-
-CONTEXT = 3
-"""Unchanged lines shown around a change."""
-
-FRAME = re.compile(r"# File: .*?(?P<file>[^/]+/[^/]+):(?P<line>\d+) in (?P<function>\w+), code: (?P<code>.*)")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a side-by-side comparison: kind is same, change, delete, insert or gap."""
-
-    kind: str
-    left_number: int | None
-    left: str
-    right_number: int | None
-    right: str
 
 
 def write_html(report: Report, path: Path) -> None:
     """Write the file whole or not at all. Raises ConfigError when it cannot be written."""
     text = render_html(report)
+    folder = path.absolute().parent
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
+            written = Path(temporary) / path.name
+            written.write_text(text, encoding="utf-8")
+            os.replace(written, path)
     except OSError as error:
         raise ConfigError("html", str(path), f"a writable file ({error.strerror})") from error
 
 
 def render_html(report: Report) -> str:
     """The whole page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("rewriter.report").joinpath("template.html").read_text(encoding="utf-8")
-    steps = [
-        {
-            "title": step.title,
-            "rows": side_by_side(readable(step.code_before), readable(step.code_after)),
-            "certificates": step.certificates,
-            "lines": (step.code_before.count("\n"), step.code_after.count("\n")),
-        }
-        for step in report.steps
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": _figure, "change": _change}
+    folder = resources.files("rewriter.report")
+    template = environment.from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
+    steps = [_step(step) for step in report.steps]
+    return template.render(report=report, steps=steps, verdict=_verdict(report))
+
+
+def _step(step: Step) -> dict[str, Any]:
+    before, after = readable(step.code_before), readable(step.code_after)
+    return {
+        "title": step.title,
+        "blocks": side_by_side(before, after),
+        "lines": (len(before), len(after)),
+        "summary": _summary(step.certificates),
+    }
+
+
+def _verdict(report: Report) -> list[tuple[str, str]]:
+    """The outcome in a few words, each with a mood: good, bad or plain."""
+    counts = {"applied": 0, "rolled_back": 0, "unverified": 0}
+    for certificate in report.certificates:
+        counts[certificate.status] += 1
+    raised = sum(c.raised for c in report.coverage)
+    candidates = sum(c.candidates for c in report.coverage)
+    words = [
+        (f"{raised} of {candidates} operators raised", "good" if raised == candidates else "bad"),
+        (f"{counts['applied']} rewrites verified", "good" if counts["applied"] else "plain"),
     ]
-    return environment.from_string(source).render(report=report, steps=steps, number=number)
-
-
-def readable(code: str) -> list[str]:
-    """Lines of a program without what only the interpreter needs: parameters, frees, library paths."""
-    lines = []
-    for line in code.splitlines():
-        line = re.sub(r";  [\w =,]+ = None$", "", line).rstrip()
-        found = FRAME.search(line)
-        if found:
-            line = f"        # {found['file']}:{found['line']} {found['function']}: {found['code']}"
-        if "= self." not in line and "= getattr(self" not in line and "No stacktrace" not in line:
-            lines.append(line.replace("torch.ops.", "").removeprefix("    "))
-    return lines
-
-
-def side_by_side(before: list[str], after: list[str]) -> list[Row]:
-    """Both texts aligned, unchanged stretches collapsed."""
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    rows: list[Row] = []
-    for group in matcher.get_grouped_opcodes(CONTEXT):
-        start = group[0][1]
-        if start or rows:
-            rows.append(Row("gap", None, "", None, ""))
-        for tag, i1, i2, j1, j2 in group:
-            rows += _block(tag, before, after, (i1, i2, j1, j2))
-    return rows
-
-
-def _block(
-    tag: str, before: list[str], after: list[str], span: tuple[int, int, int, int]
-) -> list[Row]:
-    i1, i2, j1, j2 = span
-    kind = {"equal": "same", "replace": "change"}.get(tag, tag)
-    rows = []
-    for offset in range(max(i2 - i1, j2 - j1)):
-        i, j = i1 + offset, j1 + offset
-        left, right = i < i2, j < j2
-        rows.append(
-            Row(
-                kind,
-                i + 1 if left else None,
-                before[i] if left else "",
-                j + 1 if right else None,
-                after[j] if right else "",
-            )
+    if counts["unverified"]:
+        words.append((f"{counts['unverified']} rewrites unverified", "plain"))
+    if counts["rolled_back"]:
+        words.append((f"{counts['rolled_back']} undone", "bad"))
+    if report.decoding:
+        words.append(
+            (f"decoding {report.decoding}", "good" if report.decoding == "derived" else "plain")
         )
-    return rows
+    return words if report.coverage else words[1:]
 
 
-def number(value: float | None) -> str:
-    """A figure with three digits, or a dash."""
+def _summary(certificates: tuple[Certificate, ...]) -> str:
+    """What a step's rewrites amount to: sites, the worst error, and the cost at one site."""
+    kept = [c for c in certificates if c.status != "rolled_back"]
+    if not kept:
+        return ""
+    parts = [f"{len(kept)} site{'s' if len(kept) > 1 else ''}, {kept[0].fidelity}"]
+    errors = [c for c in kept if c.implementation_error is not None]
+    if errors:
+        worst = max(errors, key=lambda c: c.implementation_error or 0.0)
+        allowed = f"{_figure(worst.tolerance)} allowed"
+        parts.append(f"largest error {_figure(worst.implementation_error)} of {allowed}")
+    first = kept[0]
+    if first.cost_before and first.cost_after:
+        moved = _change(first.cost_before, first.cost_after, "bytes_moved")
+        parts.append(f"{moved} bytes moved by a decode step at {first.site}")
+    return " · ".join(parts)
+
+
+def _figure(value: float | None) -> str:
+    """Three digits, or a dash."""
     return "–" if value is None else f"{value:.3g}"
+
+
+def _change(before: Cost | None, after: Cost | None, field: str) -> str:
+    """`1.97 M → 394 k (−80 %)`; "" where it was not predicted."""
+    if before is None or after is None:
+        return ""
+    old, new = getattr(before, field), getattr(after, field)
+    if old == new:
+        return _scaled(old)
+    share = f" ({100 * (new - old) / old:+.0f} %)".replace("-", "−") if old else ""
+    return f"{_scaled(old)} → {_scaled(new)}{share}"
+
+
+def _scaled(value: float) -> str:
+    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{letter}"
+    return f"{value:.3g}"

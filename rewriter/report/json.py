@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from rewriter.cost.cost import Cost
@@ -18,48 +19,84 @@ SCHEMA = 1
 
 
 def report_to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON types only; `schema` is the version of this layout."""
-    return {"schema": SCHEMA} | dataclasses.asdict(report)
+    """Plain JSON types only; `schema` is the version of this layout, "inf" and "nan" are text."""
+    return {"schema": SCHEMA} | _finite(dataclasses.asdict(report))
 
 
-def report_from_json(stored: dict[str, Any]) -> Report:
-    """The inverse. Raises ArtifactError for another schema."""
-    if stored.get("schema") != SCHEMA:
-        raise ArtifactError(f"report has schema {stored.get('schema')!r}; allowed: {SCHEMA}")
+def report_from_json(stored: Any) -> Report:
+    """The inverse. Raises ArtifactError for another schema or a damaged report."""
+    schema = stored.get("schema") if isinstance(stored, dict) else None
+    if schema != SCHEMA:
+        raise ArtifactError(f"report has schema {schema!r}; allowed: {SCHEMA}")
+    try:
+        return _report(stored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"report is damaged: {error!r}") from error
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _report(stored: dict[str, Any]) -> Report:
     return Report(
         model=stored["model"],
         versions=stored["versions"],
         passes=tuple(stored["passes"]),
         backend=stored["backend"],
         backend_reason=stored["backend_reason"],
-        seconds=stored["seconds"],
+        seconds=_numbers(stored["seconds"]),
         baked=tuple(BakedDim(**item) for item in stored["baked"]),
         coverage=tuple(_coverage(item) for item in stored["coverage"]),
         decoding=stored["decoding"],
         certificates=[_certificate(item) for item in stored["certificates"]],
         misses=[_miss(item) for item in stored["misses"]],
-        end_to_end=stored["end_to_end"],
+        end_to_end=_numbers(stored["end_to_end"]),
         notes=list(stored["notes"]),
         steps=[_step(item) for item in stored["steps"]],
     )
 
 
 def _coverage(item: dict[str, Any]) -> Coverage:
-    return Coverage(**item | {"kinds": tuple(item["kinds"])})
+    fields: dict[str, Any] = item | {"kinds": tuple(item["kinds"])}
+    return Coverage(**fields)
 
 
 def _miss(item: dict[str, Any]) -> Miss:
-    return Miss(**item | {"blocked_by": tuple(item["blocked_by"])})
+    fields: dict[str, Any] = item | {"blocked_by": tuple(item["blocked_by"])}
+    return Miss(**fields)
 
 
 def _step(item: dict[str, Any]) -> Step:
     certificates = tuple(_certificate(c) for c in item["certificates"])
-    return Step(**item | {"certificates": certificates})
+    fields: dict[str, Any] = item | {"certificates": certificates}
+    return Step(**fields)
 
 
 def _certificate(item: dict[str, Any]) -> Certificate:
-    costs = {
-        name: None if item[name] is None else Cost(**item[name])
-        for name in ("cost_before", "cost_after")
-    }
-    return Certificate(**item | costs | {"scenarios": tuple(item["scenarios"])})
+    fields: dict[str, Any] = item | {"scenarios": tuple(item["scenarios"])}
+    fields |= {name: _cost(item[name]) for name in ("cost_before", "cost_after")}
+    fields |= {name: _number(item[name]) for name in ("implementation_error", "tolerance")}
+    fields |= {name: _numbers(item[name]) for name in ("method_error", "measured_us")}
+    return Certificate(**fields)
+
+
+def _cost(item: dict[str, Any] | None) -> Cost | None:
+    if item is None:
+        return None
+    return Cost(float(item["flops"]), float(item["bytes_moved"]), int(item["launches"]))

@@ -38,19 +38,19 @@ class Report:
     """The record of one `optimize` call; travels with the saved program."""
 
     model: str
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict[str, str])
     passes: tuple[str, ...] = ()
     backend: str = ""
     backend_reason: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall seconds
+    seconds: dict[str, float] = field(default_factory=dict[str, float])  # by stage, wall time
     baked: tuple[BakedDim, ...] = ()
     coverage: tuple[Coverage, ...] = ()
     decoding: str = ""  # "derived" or the reason it was not
-    certificates: list[Certificate] = field(default_factory=list)
-    misses: list[Miss] = field(default_factory=list)
-    end_to_end: dict[str, float] = field(default_factory=dict)  # metric -> value, final program vs original
-    notes: list[str] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list[Certificate])
+    misses: list[Miss] = field(default_factory=list[Miss])
+    end_to_end: dict[str, float] = field(default_factory=dict[str, float])  # against the original
+    notes: list[str] = field(default_factory=list[str])
+    steps: list[Step] = field(default_factory=list[Step])
 
     def __str__(self) -> str:
         from rewriter.report.text import render_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rewriter.engine.miss import Miss
 from rewriter.report.report import Report
 from rewriter.verify.certificate import Certificate
 
@@ -16,7 +17,10 @@ def render_text(report: Report) -> str:
     """Aligned lines: what was raised, what was rewritten and how well, what was not and why."""
     sections = [
         _head(report),
-        _table("raised", [[c.op, f"{c.raised}/{c.candidates}", ", ".join(c.kinds)] for c in report.coverage]),
+        _table(
+            "raised",
+            [[c.op, f"{c.raised}/{c.candidates}", ", ".join(c.kinds)] for c in report.coverage],
+        ),
         _table("rewrites", _rewrites(report)),
         _table("end to end", [[name, f"{value:.3g}"] for name, value in report.end_to_end.items()]),
         _table("baked in", [[f"{b.input}[{b.dim}] = {b.value}", b.reason] for b in report.baked]),
@@ -42,11 +46,13 @@ def _head(report: Report) -> str:
 
 def _rewrites(report: Report) -> list[list[str]]:
     """One line a pass: how many sites, and the worst of them."""
-    rows = []
+    rows: list[list[str]] = []
     kept = [c for c in report.certificates if c.status != "rolled_back"]
     for spec in dict.fromkeys(c.spec for c in kept):
         own = [c for c in kept if c.spec == spec]
-        rows.append([spec, own[0].fidelity, f"{len(own)} sites", _worst(own)])
+        rows.append(
+            [spec, own[0].fidelity, f"{len(own)} site{'s' if len(own) > 1 else ''}", _worst(own)]
+        )
     return rows
 
 
@@ -60,22 +66,31 @@ def _worst(certificates: list[Certificate]) -> str:
 
 
 def _undone(report: Report) -> list[list[str]]:
+    """Equal reasons of a pass together, with the first site."""
+    undone = [c for c in report.certificates if c.status == "rolled_back"]
+    counts = Counter((c.spec, c.reason) for c in undone)
+    first = {(c.spec, c.reason): c.site for c in reversed(undone)}
     return [
-        [c.spec, c.site, c.reason] for c in report.certificates if c.status == "rolled_back"
+        [spec, f"{first[(spec, reason)]}{f' and {count - 1} more' if count > 1 else ''}", reason]
+        for (spec, reason), count in counts.items()
     ]
 
 
 def _misses(report: Report) -> list[list[str]]:
-    """Equal reasons together, with where they first stand."""
+    """Equal reasons together, with the first node they name and its line."""
     counts = Counter((m.subject, m.reason) for m in report.misses)
     first = {(m.subject, m.reason): m for m in reversed(report.misses)}
     rows = [
-        [subject, f"{count}x" if count > 1 else "", reason, first[(subject, reason)].source]
+        [subject, f"{count}x" if count > 1 else "", reason, _place(first[(subject, reason)])]
         for (subject, reason), count in counts.most_common(MOST_MISSES)
     ]
     if len(counts) > MOST_MISSES:
         rows.append(["", "", f"and {len(counts) - MOST_MISSES} more reasons", ""])
     return rows
+
+
+def _place(miss: Miss) -> str:
+    return " at ".join(part for part in (miss.node, miss.source) if part)
 
 
 def _table(title: str, rows: list[list[str]]) -> str:

@@ -1,0 +1,1 @@
+"""Every rewrite against what it claims to compute."""

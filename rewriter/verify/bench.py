@@ -112,7 +112,9 @@ class Bench:
         """Raises VerificationError when even the program before any pass is not the original."""
         problem = self.baseline.mismatch(self.base)
         if problem:
-            raise VerificationError(f"before any pass the program differs from the model: {problem}")
+            raise VerificationError(
+                f"before any pass the program differs from the model: {problem}"
+            )
 
 
 def _unlike(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str:

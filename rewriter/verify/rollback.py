@@ -115,7 +115,7 @@ def _culprit(trial: Trial, bench: Bench, undone: dict[Identity, _Undone]) -> dic
         return failed
     rest = f"not tried alone after {MOST_CULPRITS} others of this pass had to be undone: {reason}"
     others = (a.identity for a in trial.applied if str(a.rewrite) == spec)
-    return {identity: rest for identity in others} | failed
+    return dict.fromkeys(others, rest) | failed
 
 
 def _metrics(trial: Trial, bench: Bench) -> dict[str, float]:

@@ -65,7 +65,9 @@ class SiteValues:
     def complete(self, applied: Applied) -> bool:
         """Whether the rewrite's output and all its reference needs were seen."""
         wanted = {name for name in applied.inputs if name is not None} - set(POSITIONS)
-        seen = (self.rewritten.has(n) or (self.base is not None and self.base.has(n)) for n in wanted)
+        seen = (
+            self.rewritten.has(n) or (self.base is not None and self.base.has(n)) for n in wanted
+        )
         return self.rewritten.has(applied.after) and all(seen)
 
 
@@ -102,9 +104,7 @@ def implementation(applied: Applied, values: SiteValues, scenario: str) -> SiteV
     return SiteVerdict(error, allowed, reason)
 
 
-def method(
-    applied: Applied, exact: RewritePass, base: Recording
-) -> tuple[dict[str, float], str]:
+def method(applied: Applied, exact: RewritePass, base: Recording) -> tuple[dict[str, float], str]:
     """The reference against the original operator, on the original's values.
 
     Args:

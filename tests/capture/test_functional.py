@@ -85,7 +85,9 @@ def test_values_are_those_of_the_function(function: Callable[[Tensor], Tensor]) 
 def test_usual_operators_need_no_second_trace(function: Callable[[Tensor], Tensor]) -> None:
     graph = exported(function).graph
     assert functionalize(graph)
-    written = [n for n in graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", 0)]
+    written = [
+        n for n in graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", 0)
+    ]
     assert written == []
 
 

@@ -1,0 +1,49 @@
+"""Arguments of the commands that need more than a type."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import ConfigError
+
+__all__ = ["check_file", "examples", "parse_ids"]
+
+
+def check_file(path: Path) -> None:
+    """A file that can be written, before the long work starts. Raises ConfigError."""
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir():
+        raise ConfigError("html", str(path), "a file in an existing directory")
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            return
+    except OSError as error:
+        raise ConfigError("html", str(path), f"a writable file ({error.strerror})") from error
+
+
+def examples(shapes: list[str] | None) -> tuple[Tensor, ...] | None:
+    """Random fp32 inputs of shapes like `1x3x224x224`. Raises ConfigError."""
+    if not shapes:
+        return None
+    return tuple(_example(text) for text in shapes)
+
+
+def _example(text: str) -> Tensor:
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError("input-shape", text, "positive integers joined by x, e.g. 1x3x224x224")
+    return torch.randn(*(int(part) for part in parts))
+
+
+def parse_ids(text: str | None) -> list[int] | None:
+    """Token ids from "1 2 3" or "1,2,3". Raises ConfigError."""
+    if text is None:
+        return None
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ConfigError("prompt-ids", text, "token ids, e.g. '1 2 3'")
+    return [int(part) for part in parts]
