@@ -15,9 +15,9 @@ import dataclasses
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from encoders import ENCODERS
 from families import DECODERS
@@ -29,6 +29,7 @@ from rich.table import Table
 DECODER_BAR = 46
 ENCODER_BAR = 12
 SPELLINGS = ("sdpa", "eager")
+Task = tuple[Callable[[Any, str], Row], Any, str]
 
 
 def main() -> int:
@@ -58,28 +59,33 @@ def _arguments() -> argparse.Namespace:
 
 def _run(encoders: bool, names: Sequence[str], workers: int) -> list[Row]:
     """All rows, in the zoo's order; every worker is a fresh process with one thread."""
+    tasks = list(_encoder_tasks(names) if encoders else _decoder_tasks(names))
+    if not tasks:
+        sys.exit(f"no model of the zoo is called {', '.join(names)}")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=24) as pool:
-        futures = list(_submit(pool, encoders, names))
-        if not futures:
-            sys.exit(f"no model of the zoo is called {', '.join(names)}")
-        for _ in track(as_completed(futures), total=len(futures), console=Console(stderr=True)):
-            pass
-        return [future.result() for future in futures]
+    with context.Pool(workers, maxtasksperchild=24) as pool:
+        measured = pool.imap(_measured, tasks)
+        rows = list(track(measured, total=len(tasks), console=Console(stderr=True)))
+        pool.close()
+        pool.join()
+    return rows
 
 
-def _submit(
-    pool: ProcessPoolExecutor, encoders: bool, names: Sequence[str]
-) -> Iterator[Future[Row]]:
-    if encoders:
-        chosen = [e for e in ENCODERS if not names or e.name in names]
-        for encoder in chosen:
-            for spelling in encoder.spellings:
-                yield pool.submit(measure_encoder, encoder, spelling)
-        return
+def _measured(task: Task) -> Row:
+    measure, model, spelling = task
+    return measure(model, spelling)
+
+
+def _encoder_tasks(names: Sequence[str]) -> Iterator[Task]:
+    for encoder in (e for e in ENCODERS if not names or e.name in names):
+        for spelling in encoder.spellings:
+            yield measure_encoder, encoder, spelling
+
+
+def _decoder_tasks(names: Sequence[str]) -> Iterator[Task]:
     for family in (f for f in DECODERS if not names or f.model_type in names):
         for spelling in SPELLINGS:
-            yield pool.submit(measure_family, family, spelling)
+            yield measure_family, family, spelling
 
 
 def _table(rows: Sequence[Row], encoders: bool) -> Table:

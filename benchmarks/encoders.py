@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,11 @@ def _ids(batch_size: int, length: int) -> Inputs:
 
 
 def _images(side: int, name: str = "pixel_values") -> Callable[[int, int], Inputs]:
-    return lambda batch_size, _: {name: torch.randn(batch_size, 3, side, side)}
+    return partial(_image, side, name)
+
+
+def _image(side: int, name: str, batch_size: int, _: int) -> Inputs:
+    return {name: torch.randn(batch_size, 3, side, side)}
 
 
 def _mel(batch_size: int, _: int) -> Inputs:
@@ -155,18 +160,21 @@ _WAV2VEC2 = {
 
 
 def _gcvit() -> nn.Module:
-    """timm's GC ViT, smallest, at 64 pixels."""
-    timm = _import_timm()
-    return timm.create_model(
-        "gcvit_xxtiny", img_size=64, depths=(1, 1, 1, 1), window_ratio=(8, 4, 2, 1)
+    """timm's GC ViT with two blocks a stage (one with local, one with global queries), at 64 pixels."""
+    return _import_timm().models.gcvit.GlobalContextVit(
+        img_size=64,
+        window_ratio=(16, 16, 16, 32),
+        embed_dim=16,
+        depths=(2, 2, 2, 2),
+        num_classes=10,
     )
 
 
 def _import_timm() -> Any:
-    """timm, whose image loading (unused here) wants torchvision and PIL."""
+    """timm without its image loading, which wants torchvision and PIL and is not used here."""
     if importlib.util.find_spec("timm") is None:
         raise Unavailable("timm is not installed: pip install --no-deps timm")
-    return import_without("timm", ("torchvision", "PIL"))
+    return import_without("timm", ("torchvision", "PIL", "timm.data"))
 
 
 ENCODERS: tuple[Encoder, ...] = (

@@ -213,11 +213,17 @@ DECODERS: tuple[Family, ...] = (
     _f("blenderbot-small"),
     _f("bigbird_pegasus"),
     _f("mamba", mixes="convolution and scan", intermediate_size=128),
-    _f("mamba2", mixes="convolution and scan"),
+    _f("mamba2", mixes="convolution and scan", num_heads=4, head_dim=32, n_groups=1),
     _f("rwkv", mixes="token shift"),
     _f("recurrent_gemma", mixes="convolution and recurrence"),
-    _f("lfm2", mixes="convolution"),
-    _f("zamba2", mixes="convolution and scan"),
+    _f("lfm2", mixes="convolution", layer_types=["conv", "full_attention"]),
+    _f(
+        "zamba2",
+        mixes="convolution and scan",
+        layers_block_type=["linear_attention", "hybrid"],
+        mamba_headdim=16,
+        kv_channels=16,
+    ),
 )
 
 

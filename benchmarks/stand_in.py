@@ -1,12 +1,10 @@
-"""Import a package although another one that it imports, and does not need here, is missing."""
+"""Import a package without a part that it imports but does not need here."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,29 +13,18 @@ from typing import Any, ClassVar
 __all__ = ["import_without"]
 
 
-def import_without(package: str, missing: tuple[str, ...]) -> ModuleType:
-    """Import `package` with empty stand-ins for those packages of `missing` that are not there.
+def import_without(package: str, parts: Sequence[str]) -> ModuleType:
+    """Import `package` with empty stand-ins for these modules and all below them.
 
     The stand-ins are gone again when this returns; only names bound to them remain.
     """
-    absent = tuple(name for name in missing if not _is_installed(name))
-    with _stand_ins(absent):
-        return importlib.import_module(package)
-
-
-def _is_installed(name: str) -> bool:
-    return name in sys.modules or importlib.util.find_spec(name) is not None
-
-
-@contextmanager
-def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
-    finder = _Finder(names)
-    sys.meta_path.append(finder)
+    finder = _Finder(parts)
+    sys.meta_path.insert(0, finder)
     try:
-        yield
+        return importlib.import_module(package)
     finally:
         sys.meta_path.remove(finder)
-        for name in [n for n in sys.modules if n.split(".")[0] in names]:
+        for name in [name for name in sys.modules if finder.covers(name)]:
             del sys.modules[name]
 
 
@@ -62,15 +49,16 @@ class _StandIn(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = names
+    def __init__(self, parts: Sequence[str]) -> None:
+        self._parts = parts
+
+    def covers(self, name: str) -> bool:
+        return any(name == part or name.startswith(f"{part}.") for part in self._parts)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.split(".")[0] not in self._names:
-            return None
-        return ModuleSpec(fullname, self, is_package=True)
+        return ModuleSpec(fullname, self, is_package=True) if self.covers(fullname) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _StandIn(spec.name)

@@ -1,20 +1,24 @@
 """Lower a program to what a backend runs.
 
-`eager` runs the graph as it is: every dialect operator calls its reference. `inductor` first inlines the
-references of operators that do not mutate state, so that torch.compile fuses across them; the ones that
-do stay calls, which keeps their updates in place.
+`eager` runs the graph's own code with the references called directly and the weights bound: neither a
+dispatcher nor an attribute is asked on the way. `inductor` inlines the references of operators that
+torch.compile can trace, so that it fuses across them; those that update state or count experts stay
+calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from rewriter.dialect import OPS
+from rewriter.dialect.registry import DialectOp
 from rewriter.errors import ConfigError
 from rewriter.program import Program
 
@@ -59,23 +63,33 @@ def lower(program: Program, backend: str) -> Callable[..., Any]:
         backend: "eager" or "inductor", from `choose_backend`.
     """
     if backend == "eager":
-        return program.module
-    return torch.compile(inline_references(program).module, dynamic=True)
+        return _bound(_inlined(program, OPS.values()))
+    traceable = [op for op in OPS.values() if op.traceable and not op.overload._schema.is_mutable]
+    return torch.compile(_inlined(program, traceable).module, dynamic=True)
 
 
-def inline_references(program: Program) -> Program:
-    """A copy whose pure dialect calls are calls of their plain Python references."""
+def _inlined(program: Program, ops: Iterable[DialectOp]) -> Program:
+    """A copy that calls the plain Python references of these operators."""
     lowered = program.clone()
-    references = {
-        op.overload: op.reference for op in OPS.values() if not op.overload._schema.is_mutable
-    }
+    references = {op.overload: op.reference for op in ops}
     for node in lowered.graph.nodes:
         if node.op == "call_function" and node.target in references:
-            inline(node, references[node.target])
+            node.target = references[node.target]
     lowered.module.recompile()
     return lowered
 
 
-def inline(node: fx.Node, reference: Callable[..., Any]) -> None:
-    """Point one call at a plain function with the same arguments."""
-    node.target = reference
+def _bound(program: Program) -> Callable[..., Any]:
+    """The code of a program with its weights as leading arguments, given once."""
+    graph, weights, inputs = program.graph, list[Any](), dict[str, fx.Node]()
+    first = program.placeholders()[0]
+    for node in graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        if path not in inputs:
+            with graph.inserting_before(first):
+                inputs[path] = graph.placeholder(path.replace(".", "_"))
+            inputs[path].target = inputs[path].name  # a legal name that nothing else has
+            weights.append(attrgetter(path)(program.module))
+        node.replace_all_uses_with(inputs[path])
+        graph.erase_node(node)
+    return partial(fx.GraphModule(nn.Module(), graph).forward, *weights)

@@ -14,7 +14,7 @@ from rewriter.decoding.derive import logits_index
 from rewriter.decoding.new_tokens import check_tokens
 from rewriter.decoding.state import Session
 from rewriter.decoding.token_call import TokenCall, decode_call, whole_call
-from rewriter.errors import ConfigError, InputError
+from rewriter.errors import InputError
 from rewriter.lowering import lower
 from rewriter.program import InputSpec, Program
 from rewriter.report.report import Report
@@ -51,6 +51,18 @@ class OptimizedModel(nn.Module):
         self.backend, self.source_directory = backend, source_directory
         self._run: Callable[..., Any] = lower(program, backend)
         self.train(False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModel:
+        """Move or cast the weights, and bind the new ones."""
+        super()._apply(fn, recurse)
+        self._run = lower(self.program, self.backend)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `nn.Module`; also where it puts new tensors in the place of the weights."""
+        keys = super().load_state_dict(*args, **kwargs)
+        self._run = lower(self.program, self.backend)
+        return keys
 
     def session(
         self, batch_size: int, *, capacity: int | None = None, prefill_chunk: int | None = None
@@ -108,10 +120,6 @@ class OptimizedModel(nn.Module):
 
         save_optimized(self, Path(directory))
 
-    def export(self, path: str | Path, *, target: str = "cpu") -> None:
-        """Ahead-of-time export; not available yet: raises ConfigError."""
-        raise ConfigError("path", str(path), "export is not available yet; use save()")
-
     @property
     def _reads_tokens(self) -> bool:
         program = self.program
@@ -140,7 +148,7 @@ class OptimizedModel(nn.Module):
         if spec != signature.in_spec:
             leaves = self._reordered(args, named)
         for name, fixed in signature.constants.items():
-            if name in named and named[name] is not fixed and named[name] != fixed:
+            if name in named and not _equal(named[name], fixed):
                 raise InputError(f"{name}={named[name]!r}; allowed: {fixed!r}, as captured")
         by_name = {
             name: leaf
@@ -186,3 +194,7 @@ class OptimizedModel(nn.Module):
         allowed = {dtype, torch.int32} if dtype == torch.int64 else {dtype}
         if value.dtype not in allowed:
             raise InputError(f"{name} has dtype {value.dtype}; allowed: {dtype}")
+
+
+def _equal(value: object, fixed: object) -> bool:
+    return value is fixed or (not isinstance(value, Tensor) and value == fixed)

@@ -179,5 +179,19 @@ def test_a_flag_that_was_fixed_cannot_be_changed():
     module, x = Switched(), torch.randn(2, 4)
     opt = optimize(copy.deepcopy(module), (x, False), verify=False)
     torch.testing.assert_close(opt(x, False), module(x))
-    with pytest.raises(InputError, match="flag"):
-        opt(x, True)
+    for other in (True, torch.tensor(True)):
+        with pytest.raises(InputError, match="flag"):
+            opt(x, other)
+
+
+def test_weights_that_are_cast_or_loaded_are_the_ones_that_run():
+    opt, module, x = (
+        optimize(nn.Linear(4, 4), (torch.randn(2, 4),)),
+        nn.Linear(4, 4),
+        torch.ones(2, 4),
+    )
+    weights = {f"module.{name}": value for name, value in module.state_dict().items()}
+    opt.load_state_dict(weights, assign=True)
+    torch.testing.assert_close(opt(x), module(x))
+    opt.double()
+    assert opt._run(x.double())[0].dtype == torch.float64

@@ -97,7 +97,11 @@ def _derive_checked(program: Program) -> Program | Miss:
     """Derivation proper, once only causal attention is left to mix tokens."""
     if own_positions(program) is not None:
         counts = read_positions(program)
-        node = own_positions(program)
+        try:
+            node = own_positions(program)
+        except RuntimeError as error:  # shapes that hold for equal positions in every row only
+            reason = str(error).splitlines()[0]
+            return Miss(SUBJECT, f"positions cannot be read from position_ids: {reason}")
         if node is not None:
             return Miss.at(node, SUBJECT, OWN_POSITIONS if counts else CALL_LENGTH)
     limit = _position_limit(program)

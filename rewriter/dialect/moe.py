@@ -62,6 +62,7 @@ def _cost(
     " bool transposed=False, float limit=0.0) -> Tensor",
     fake=_fake,
     cost=_cost,
+    traceable=False,
 )
 def moe(
     x: Tensor,

@@ -29,12 +29,14 @@ class DialectOp:
         overload: what a graph node's `target` is.
         reference: plain PyTorch with the same arguments.
         cost: of one call, from (fake) arguments like those of the call.
+        traceable: whether torch.compile can trace the reference without looking at values.
     """
 
     name: str
     overload: torch._ops.OpOverload
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
+    traceable: bool = True
 
 
 OPS: dict[str, DialectOp] = {}
@@ -42,7 +44,11 @@ OPS: dict[str, DialectOp] = {}
 
 
 def dialect_op(
-    signature: str, *, fake: Callable[..., Any], cost: Callable[..., Cost]
+    signature: str,
+    *,
+    fake: Callable[..., Any],
+    cost: Callable[..., Cost],
+    traceable: bool = True,
 ) -> Callable[[Callable[..., Any]], DialectOp]:
     """Register the decorated reference as `rewriter::<signature>`.
 
@@ -50,6 +56,7 @@ def dialect_op(
         signature: schema text, e.g. `"rms_norm(Tensor x, Tensor? weight, *, float eps) -> Tensor"`.
         fake: shapes and dtypes of the result, for tracing.
         cost: arithmetic and traffic of one call.
+        traceable: False for a reference that looks at values, such as how often an expert is chosen.
     """
 
     def register(reference: Callable[..., Any]) -> DialectOp:
@@ -58,7 +65,7 @@ def dialect_op(
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rewriter::{name}", fake, lib=_LIBRARY)
         overload = getattr(torch.ops.rewriter, name).default
-        OPS[name] = DialectOp(name, overload, reference, cost)
+        OPS[name] = DialectOp(name, overload, reference, cost, traceable)
         return OPS[name]
 
     return register

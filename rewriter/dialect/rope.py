@@ -37,15 +37,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     Returns:
         like x; computed in the wider of x's and the table's dtype.
     """
-    half = cos.shape[-1]
-    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    rotary_dim = 2 * cos.shape[-1]
+    rotated = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
     if interleaved:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:
-        first, second = rotated[..., :half], rotated[..., half:]
-    low, high = first * cos - second * sin, second * cos + first * sin
-    turned = (
-        torch.stack((low, high), dim=-1).flatten(-2) if interleaved else torch.cat((low, high), -1)
-    )
-    out = turned.to(x.dtype)
-    return out if rest.shape[-1] == 0 else torch.cat((out, rest), dim=-1)
+        first, second = rotated.chunk(2, dim=-1)
+    low = torch.addcmul(first * cos, second, sin, value=-1)
+    high = torch.addcmul(second * cos, first, sin)
+    join = _interleave if interleaved else _concatenate
+    out = join(low, high).to(x.dtype)
+    return out if rotated is x else torch.cat((out, x[..., rotary_dim:]), dim=-1)
+
+
+def _interleave(low: Tensor, high: Tensor) -> Tensor:
+    return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def _concatenate(low: Tensor, high: Tensor) -> Tensor:
+    return torch.cat((low, high), dim=-1)
