@@ -31,7 +31,9 @@ from rewriter.stages import (
     sound_base,
 )
 from rewriter.verify.artifact_check import compare_with
+from rewriter.verify.baseline import Baseline
 from rewriter.verify.certify import unverified_certificates
+from rewriter.verify.lowered import check_lowered
 from rewriter.verify.rollback import Verified, verify_and_rollback
 from rewriter.verify.verification import Verification
 
@@ -83,6 +85,7 @@ def optimize(
     report = new_report(model, requested, chosen.name, chosen.reason)
     clock = Clock(report, on_stage)
     prepared = prepare(model, example_inputs, report, clock)
+    baseline: Baseline | None = None
     if verify:
         settings = verify if isinstance(verify, Verification) else Verification()
         with clock("baseline"):
@@ -96,7 +99,10 @@ def optimize(
     if strict:
         _demand_all(report, requested)
     with clock("lower"):
-        return _optimized(prepared, verified.program, report, chosen.name)
+        optimized = _optimized(prepared, verified.program, report, chosen.name)
+        if baseline is not None:
+            check_lowered(optimized.program, optimized.run, chosen.name, baseline)
+    return optimized
 
 
 @own_random_numbers
@@ -146,7 +152,7 @@ def verify_against(
         VerificationError: the outputs differ from the model's, or by more than was certified.
     """
     original = None if model is None else capture_model(load_given(model)[0], example_inputs)
-    return compare_with(optimized.program, optimized.report, original, verification)
+    return compare_with(optimized.program, optimized.run, optimized.report, original, verification)
 
 
 @dataclass(frozen=True)

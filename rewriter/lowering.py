@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from rewriter.dialect import OPS
+from rewriter.dialect.linear import linear
 from rewriter.dialect.registry import DialectOp
 from rewriter.errors import ConfigError
 from rewriter.program import Program
@@ -69,9 +70,10 @@ def lower(program: Program, backend: str) -> Callable[..., Any]:
 
 
 def _inlined(program: Program, ops: Iterable[DialectOp]) -> Program:
-    """A copy that calls the plain Python references of these operators."""
+    """A copy that calls the plain Python references of these operators, and `linear`."""
     lowered = program.clone()
-    references = {op.overload: op.reference for op in ops}
+    references: dict[Any, Callable[..., Any]] = {op.overload: op.reference for op in ops}
+    references[torch.ops.aten.linear.default] = linear
     for node in lowered.graph.nodes:
         if node.op == "call_function" and node.target in references:
             node.target = references[node.target]

@@ -26,7 +26,7 @@ class OptimizedModel(nn.Module):
     """A program with its report; inference only.
 
     Args:
-        program: what runs; with `decoding` it also generates.
+        program: what is computed; with `decoding` it also generates.
         report: what was done and what was not.
         config: the model's `config.json` as a dict; None for a plain module.
         generation_config: its `generation_config.json` as a dict.
@@ -49,19 +49,19 @@ class OptimizedModel(nn.Module):
         self.program, self.report = program, report
         self.config, self.generation_config = config, generation_config
         self.backend, self.source_directory = backend, source_directory
-        self._run: Callable[..., Any] = lower(program, backend)
+        self.run: Callable[..., Any] = lower(program, backend)
         self.train(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModel:
         """Move or cast the weights, and bind the new ones."""
         super()._apply(fn, recurse)
-        self._run = lower(self.program, self.backend)
+        self.run = lower(self.program, self.backend)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of `nn.Module`; also where it puts new tensors in the place of the weights."""
         keys = super().load_state_dict(*args, **kwargs)
-        self._run = lower(self.program, self.backend)
+        self.run = lower(self.program, self.backend)
         return keys
 
     def session(
@@ -69,7 +69,7 @@ class OptimizedModel(nn.Module):
     ) -> Session:
         """Fresh decoding state for a batch. Raises InputError on a program without decoding."""
         return Session(
-            self.program, batch_size, capacity=capacity, run=self._run, prefill_chunk=prefill_chunk
+            self.program, batch_size, capacity=capacity, run=self.run, prefill_chunk=prefill_chunk
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +86,7 @@ class OptimizedModel(nn.Module):
             if self._reads_tokens:
                 return self._forward_tokens(*args, **kwargs)
             values = self._flat_inputs(args, kwargs)
-            return self._structured(self._run(*values))
+            return self._structured(self.run(*values))
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ class OptimizedModel(nn.Module):
             outputs = decode_call(call, lambda rows, room: self.session(rows, capacity=room))
         else:
             named = whole_call(self.program, call)
-            outputs = list(self._run(*(named[spec.name] for spec in self.program.signature.inputs)))
+            outputs = list(self.run(*(named[spec.name] for spec in self.program.signature.inputs)))
             which = logits_index(self.program)
             outputs[which] = outputs[which][:, -call.logits_to_keep :]
         result = self._structured(outputs)

@@ -194,4 +194,4 @@ def test_weights_that_are_cast_or_loaded_are_the_ones_that_run():
     opt.load_state_dict(weights, assign=True)
     torch.testing.assert_close(opt(x), module(x))
     opt.double()
-    assert opt._run(x.double())[0].dtype == torch.float64
+    assert opt.run(x.double())[0].dtype == torch.float64

@@ -3,6 +3,7 @@
 from rewriter.dialect.attention import attention
 from rewriter.dialect.grouped import grouped_attention
 from rewriter.dialect.kv import kv_append
+from rewriter.dialect.linear import linear
 from rewriter.dialect.mlp import gated_mlp, mlp
 from rewriter.dialect.moe import moe
 from rewriter.dialect.norm import layer_norm, rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "grouped_attention",
     "kv_append",
     "layer_norm",
+    "linear",
     "mlp",
     "moe",
     "rms_norm",

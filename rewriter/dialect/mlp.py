@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewriter.cost.cost import Cost
+from rewriter.dialect.linear import linear
 from rewriter.dialect.registry import dialect_op, nbytes
 
 __all__ = ["ACTIVATIONS", "gated_mlp", "mlp"]
@@ -73,8 +74,8 @@ def gated_mlp(
         x: [..., hidden_size]; gate, up: [intermediate_size, hidden_size];
         down: [hidden_size, intermediate_size]; activation: a key of `ACTIVATIONS`.
     """
-    gated = ACTIVATIONS[activation](functional.linear(x, gate, gate_bias))
-    return functional.linear(gated * functional.linear(x, up, up_bias), down, down_bias)
+    gated = ACTIVATIONS[activation](linear(x, gate, gate_bias))
+    return linear(gated * linear(x, up, up_bias), down, down_bias)
 
 
 def _fake_mlp(x: Tensor, up: Tensor, down: Tensor, *_: object, activation: str) -> Tensor:
@@ -97,6 +98,4 @@ def mlp(
     activation: str,
 ) -> Tensor:
     """down(activation(up(x))); x [..., hidden_size], up [intermediate_size, hidden_size]."""
-    return functional.linear(
-        ACTIVATIONS[activation](functional.linear(x, up, up_bias)), down, down_bias
-    )
+    return linear(ACTIVATIONS[activation](linear(x, up, up_bias)), down, down_bias)

@@ -43,16 +43,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:
         first, second = rotated.chunk(2, dim=-1)
-    low = torch.addcmul(first * cos, second, sin, value=-1)
-    high = torch.addcmul(second * cos, first, sin)
-    join = _interleave if interleaved else _concatenate
-    out = join(low, high).to(x.dtype)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    out = joined.to(x.dtype)
     return out if rotated is x else torch.cat((out, x[..., rotary_dim:]), dim=-1)
-
-
-def _interleave(low: Tensor, high: Tensor) -> Tensor:
-    return torch.stack((low, high), dim=-1).flatten(-2)
-
-
-def _concatenate(low: Tensor, high: Tensor) -> Tensor:
-    return torch.cat((low, high), dim=-1)

@@ -6,6 +6,7 @@ from rewriter.errors import VerificationError
 from rewriter.program import Program
 from rewriter.report.report import Report
 from rewriter.verify.baseline import Baseline
+from rewriter.verify.scenarios import Runner
 from rewriter.verify.verification import Verification
 
 __all__ = ["compare_with"]
@@ -17,9 +18,16 @@ NOISE = 1e-4
 
 
 def compare_with(
-    program: Program, report: Report, original: Program | None, verification: Verification | None
+    program: Program,
+    run: Runner,
+    report: Report,
+    original: Program | None,
+    verification: Verification | None,
 ) -> dict[str, float]:
-    """Metrics of a program against the original, or against itself fed in one call.
+    """Metrics of what runs against the original, or against the program itself fed in one call.
+
+    Args:
+        run: the lowered program.
 
     Raises:
         VerificationError: it claims the original's function and differs, or is further from it than
@@ -32,10 +40,10 @@ def compare_with(
     kept = [c for c in report.certificates if c.status != "rolled_back"]
     approximate = any(c.fidelity == "approximate" for c in kept)
     if not approximate:
-        problem = baseline.mismatch(program)
+        problem = baseline.mismatch(program, run)
         if problem:
             raise VerificationError(f"the optimized model differs from the model: {problem}")
-    metrics = baseline.metrics(baseline.outputs(program))
+    metrics = baseline.metrics(baseline.outputs(program, run))
     certified = report.end_to_end.get("kl_mean")
     if approximate and original is not None and verification is None and certified is not None:
         _demand_certified(metrics["kl_mean"], certified)

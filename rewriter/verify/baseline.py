@@ -12,7 +12,7 @@ from rewriter.errors import VerificationError
 from rewriter.program import Program
 from rewriter.verify.compare import CANNOT_RUN, logit_metrics, relative_error, relative_l2
 from rewriter.verify.inputs import decoding_scenarios, whole_scenarios
-from rewriter.verify.scenarios import Scenario
+from rewriter.verify.scenarios import Runner, Scenario
 from rewriter.verify.tolerances import end_to_end_tolerance
 from rewriter.verify.verification import Verification
 
@@ -73,12 +73,16 @@ class Baseline:
         """The inputs tried, for people."""
         return tuple(scenario.name for scenario in self.scenarios)
 
-    def mismatch(self, program: Program) -> str:
-        """Where a program that claims the original's function differs from it; "" if nowhere."""
+    def mismatch(self, program: Program, run: Runner | None = None) -> str:
+        """Where a program that claims the original's function differs from it; "" if nowhere.
+
+        Args:
+            run: what runs in the place of the program's own module.
+        """
         for scenario, expected in zip(self.scenarios, self.references, strict=True):
             try:
                 with torch.no_grad():
-                    outputs = scenario.candidate(program)
+                    outputs = scenario.candidate(program, run)
             except CANNOT_RUN as error:
                 return f"{scenario.name}: {type(error).__name__}: {error}"
             problem = difference(outputs, expected)
@@ -86,10 +90,10 @@ class Baseline:
                 return f"{scenario.name}: {problem}"
         return ""
 
-    def outputs(self, program: Program) -> list[tuple[Tensor, ...]]:
+    def outputs(self, program: Program, run: Runner | None = None) -> list[tuple[Tensor, ...]]:
         """What a program returns in every scenario."""
         with torch.no_grad():
-            return [scenario.candidate(program) for scenario in self.scenarios]
+            return [scenario.candidate(program, run) for scenario in self.scenarios]
 
     def metrics(self, outputs: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
         """Distance of outputs to the original's: KL and agreement of logits, or relative L2."""

@@ -49,6 +49,10 @@ CALLS: dict[str, list[Call]] = {
         ((_rand(2, 5, 8), _rand(12, 8), _rand(12, 8), _rand(8, 12)), {"activation": "silu"}),
     ],
     "mlp": [((_rand(2, 5, 8), _rand(12, 8), _rand(8, 12)), {"activation": "gelu"})],
+    "linear": [
+        ((_rand(2, 5, 8), _rand(12, 8), _rand(12)), {}),
+        ((_rand(1, 1, 512), _rand(1024, 512)), {}),
+    ],
     "moe": [
         _moe(activation="silu", gating="halves"),
         _moe(activation="identity", gating="pairs", limit=7.0),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rewriter.dialect import gated_mlp, layer_norm, mlp, moe, rms_norm, rope
+from rewriter.dialect import gated_mlp, layer_norm, linear, mlp, moe, rms_norm, rope
 from rewriter.dialect.mlp import ACTIVATIONS
 
 
@@ -107,3 +107,18 @@ def test_moe_runs_chosen_experts_only() -> None:
     x = torch.randn(2, 4)
     out = moe.reference(x, index, weight, up, down, activation="relu", gating="none")
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63, 65])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_large_products_against_double_precision(
+    rows: int, bias: bool, dtype: torch.dtype, allowed: float
+) -> None:
+    weight = torch.randn(1031, 513).to(dtype)
+    x, shift = torch.randn(rows, 513).to(dtype), torch.randn(1031).to(dtype) if bias else None
+    expected = x.double() @ weight.double().T + (0.0 if shift is None else shift.double())
+    for given in (x, x.unsqueeze(0), x.T.contiguous().T):
+        actual = linear(given, weight, shift)
+        error = (actual.double().view_as(expected) - expected).abs().max() / expected.abs().max()
+        assert error < allowed
