@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -228,13 +229,16 @@ def _demand_all(report: Report, passes: Sequence[RewritePass]) -> None:
 def _optimized(
     prepared: Prepared, program: Program, report: Report, backend: str
 ) -> OptimizedModel:
-    config = getattr(prepared.model, "config", None)
-    defaults = getattr(prepared.model, "generation_config", None)
     return OptimizedModel(
         program,
         report,
-        config=config.to_dict() if hasattr(config, "to_dict") else None,
-        generation_config=defaults.to_dict() if hasattr(defaults, "to_dict") else None,
+        config=_as_dict(getattr(prepared.model, "config", None)),
+        generation_config=_as_dict(getattr(prepared.model, "generation_config", None)),
         backend=backend,
         source_directory=prepared.directory,
     )
+
+
+def _as_dict(config: Any) -> dict[str, Any] | None:
+    """Of a Hugging Face configuration; None for anything else that a model may call so."""
+    return config.to_dict() if hasattr(config, "to_dict") else None

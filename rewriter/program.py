@@ -158,7 +158,7 @@ class Program:
         """The input called `name`, or None."""
         return next((node for node in self.placeholders() if node.name == name), None)
 
-    def calls(self, target: object) -> list[fx.Node]:
+    def calls(self, target: Any) -> list[fx.Node]:
         """All calls of an operator, in topological order."""
         return list(self.graph.find_nodes(op="call_function", target=target))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _fixed(size: int | torch.SymInt) -> int | None:
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
 
 
-def _dim_name(size: torch.SymInt, dim: int, tensor: str, names: dict[str, str]) -> str:
+def _dim_name(size: Any, dim: int, tensor: str, names: dict[str, str]) -> str:
     """`batch`, `seq` or `dim2`; equal sizes share a name, different ones never do."""
     key = str(size.node.expr)
     if key not in names:

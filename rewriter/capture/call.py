@@ -109,8 +109,8 @@ def _parameters(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        names = ", ".join(signature.parameters)
-        raise ConfigError("example_inputs", str(error), f"forward takes ({names})") from None
+        allowed = f"forward takes ({', '.join(signature.parameters)})"
+        raise ConfigError("example_inputs", str(error), allowed) from None
     names: list[str] = []
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind

@@ -65,8 +65,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 def _example(model: PreTrainedModel, seq: int) -> dict[str, Any]:
     """Example arguments of forward, in its order of parameters."""
-    device = model.get_input_embeddings().weight.device
-    vocab_size = model.get_input_embeddings().num_embeddings
+    embedding: Any = model.get_input_embeddings()
+    device, vocab_size = embedding.weight.device, embedding.num_embeddings
     ids = torch.arange(_BATCH_SIZE * seq, device=device).view(_BATCH_SIZE, seq) % vocab_size
     positions = torch.arange(seq, device=device).expand(_BATCH_SIZE, seq).contiguous()
     example: dict[str, Tensor | bool] = {"input_ids": ids}

@@ -28,7 +28,7 @@ class ExportedModule(nn.Module):
 
     def call(self) -> Call:
         """The call that the program was exported with, without example tensors."""
-        in_spec = self.exported.call_spec.in_spec
+        in_spec: Any = self.exported.call_spec.in_spec
         names = tuple(self._input_names())
         args_spec, kwargs_spec = in_spec.children()
         positional = [f"input_{i}" for i in range(len(args_spec.children()))]

@@ -84,6 +84,11 @@ def _call(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any
     return call
 
 
+def _source(node: fx.Node) -> Any:
+    """What it is called on: a node, in every operator that has a rule here."""
+    return node.args[0]
+
+
 def _value(node: fx.Node) -> Any:
     return node.meta["val"]
 
@@ -99,7 +104,7 @@ def _size(graph: fx.Graph, node: fx.Node, source: fx.Node, dim: int) -> int | fx
 
 def _to(graph: fx.Graph, node: fx.Node) -> Replacement:
     """`to` and `type_as`: a copy only where dtype or device change."""
-    source = node.args[0]
+    source = _source(node)
     options = {} if node.target is aten.type_as.default else bound_arguments(node)
     if options.get("copy") or options.get("memory_format") is not None:
         return None
@@ -112,7 +117,7 @@ def _to(graph: fx.Graph, node: fx.Node) -> Replacement:
 
 def _identity(graph: fx.Graph, node: fx.Node) -> Replacement:
     """Memory layout is no part of a functional graph: `reshape` copies where it has to."""
-    return node.args[0]  # pyright: ignore
+    return _source(node)
 
 
 def _reshape(graph: fx.Graph, node: fx.Node) -> Replacement:
@@ -120,7 +125,7 @@ def _reshape(graph: fx.Graph, node: fx.Node) -> Replacement:
 
 
 def _flatten(graph: fx.Graph, node: fx.Node) -> Replacement:
-    options, source = bound_arguments(node), node.args[0]
+    options, source = bound_arguments(node), _source(node)
     rank = _value(source).dim()
     if rank == 0:
         return None
@@ -134,7 +139,8 @@ def _flatten(graph: fx.Graph, node: fx.Node) -> Replacement:
 
 
 def _unflatten(graph: fx.Graph, node: fx.Node) -> Replacement:
-    source, dim, sizes = node.args[0], node.args[1], node.args[2]
+    options, source = bound_arguments(node), _source(node)
+    dim, sizes = options["dim"], options["sizes"]
     rank = _value(source).dim()
     outer = [_size(graph, node, source, d) for d in range(rank)]
     return _call(
@@ -148,11 +154,11 @@ def _unflatten(graph: fx.Graph, node: fx.Node) -> Replacement:
 
 def _dropout(graph: fx.Graph, node: fx.Node) -> Replacement:
     options = bound_arguments(node)
-    return None if options["train"] and options["p"] else node.args[0]
+    return None if options["train"] and options["p"] else _source(node)
 
 
 def _chunk(graph: fx.Graph, node: fx.Node) -> Replacement:
-    options, source = bound_arguments(node), node.args[0]
+    options, source = bound_arguments(node), _source(node)
     extent = _value(source).shape[options["dim"]]
     if not isinstance(extent, int):
         return None
@@ -162,13 +168,13 @@ def _chunk(graph: fx.Graph, node: fx.Node) -> Replacement:
 
 def _reverse(graph: fx.Graph, node: fx.Node) -> Replacement:
     """`x.T`: all dimensions in reverse."""
-    source = node.args[0]
+    source = _source(node)
     order = list(reversed(range(_value(source).dim())))
     return _call(graph, node, aten.permute.default, source, order)
 
 
 def _expand_as(graph: fx.Graph, node: fx.Node) -> Replacement:
-    source, other = node.args
+    source, other = _source(node), bound_arguments(node)["other"]
     sizes = [_size(graph, node, other, dim) for dim in range(_value(other).dim())]
     return _call(graph, node, aten.expand.default, source, sizes)
 
@@ -228,7 +234,7 @@ def _is_fresh(node: fx.Node) -> bool:
         return False
     if not _aliases(node):
         return isinstance(node.target, torch._ops.OpOverload)
-    source = node.args[0]
+    source = _source(node)
     if not isinstance(source, fx.Node):
         return False
     if node.target is operator.getitem and not _aliases(source):

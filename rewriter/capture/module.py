@@ -49,7 +49,7 @@ def build_program(traced: Trace, call: Call, name: str) -> Program:
     """The program of a trace: flat graph, signature, and what got fixed."""
     module = flat_graph(traced.exported, traced.names)
     described = describe_inputs(_fake_inputs(module), traced.asked, traced.wanted, traced.reason)
-    out_spec = traced.exported.call_spec.out_spec
+    out_spec: Any = traced.exported.call_spec.out_spec
     signature = Signature(
         parameters=call.parameters,
         inputs=tuple(described.inputs),

@@ -6,6 +6,7 @@ Correct by construction when causal attention is all that mixes tokens, which `m
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -179,7 +180,7 @@ def _keep_last_logits(program: Program) -> None:
     keep = program.placeholder("logits_to_keep")
     if projection is None or keep is None:
         return
-    hidden = projection.args[0]
+    hidden: Any = projection.args[0]
     graph = program.graph
     with graph.inserting_before(projection):
         start = graph.call_function(operator.neg, (keep,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Generator(nn.Module, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = False
     _supports_cache_class = True
+    _owner: Any
 
     def __init__(
         self, owner: Any, config: PretrainedConfig, generation_config: GenerationConfig
@@ -81,14 +82,14 @@ class Generator(nn.Module, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
+    def _optimize_model_for_decode(self) -> Any:
         return nullcontext()
 
     def is_remote_code(self) -> bool:
         """Never: nothing of the model's own code runs."""
         return False
 
-    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *_: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, *_: Any, **__: Any) -> Any:
         """None to prepare: `forward` opens a session. Chunks of a prompt are the session's too."""
         self._prefill_chunk = generation_config.prefill_chunk_size
         generation_config.prefill_chunk_size = None
@@ -120,7 +121,7 @@ class Generator(nn.Module, GenerationMixin):
         )
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # pyright: ignore
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,

@@ -52,8 +52,9 @@ def own_positions(program: Program) -> fx.Node | None:
         def moved(node: fx.Node, start: int = start, suffix: dict[fx.Node, Any] = suffix) -> bool:
             full = by_token(whole[node], ROWS, LENGTH)
             part = by_token(suffix[node], ROWS, LENGTH - start)
-            comparable = full is not None and part is not None
-            return comparable and differs(full[:, start:], part)
+            if full is None or part is None:
+                return False
+            return differs(full[:, start:], part)
 
         if any(moved(node) for node in program.graph.output_node().all_input_nodes):
             calls = (node for node in program.graph.nodes if node.op == "call_function")
@@ -78,13 +79,15 @@ def read_positions(program: Program) -> bool:
 
 def _counts_tokens(node: fx.Node) -> bool:
     """arange(q_len), arange(0, q_len): its length is the number of tokens."""
-    if node.target is aten.arange.start and node.args[0] != 0:
+    first: Any = node.args[0]
+    if node.target is aten.arange.start and first != 0:
         return False
     length = node.args[-1]
     if not isinstance(length, fx.Node) or length.target is not aten.sym_size.int:
         return False
     source, dim = length.args
-    return isinstance(source, fx.Node) and source.name in ("input_ids", "position_ids") and dim == 1
+    of_tokens = isinstance(source, fx.Node) and source.name in ("input_ids", "position_ids")
+    return of_tokens and bool(dim == 1)
 
 
 def _add_positions(program: Program) -> fx.Node:
@@ -126,7 +129,7 @@ def _only_adds_a_row(node: fx.Node) -> bool:
         return _is_row(node)
     if node.target is aten.slice.Tensor:
         return node.args[1:] == (0,)
-    return node.target is aten.unsqueeze.default and node.args[1] == 0
+    return node.target is aten.unsqueeze.default and node.args[1:] == (0,)
 
 
 def _is_row(node: fx.Node) -> bool:
@@ -137,5 +140,5 @@ def _is_row(node: fx.Node) -> bool:
     return value.dim() == 1 or value.shape[0] == 1 or not isinstance(value.shape[0], int)
 
 
-def _swap(args: tuple[object, ...], old: fx.Node, new: fx.Node) -> tuple[object, ...]:
+def _swap(args: tuple[Any, ...], old: fx.Node, new: fx.Node) -> tuple[Any, ...]:
     return tuple(new if operator.is_(a, old) else a for a in args)

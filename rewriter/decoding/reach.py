@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.engine.site import bound_arguments
 from rewriter.program import Program
 
 __all__ = ["reach"]
@@ -63,8 +64,8 @@ def _padding(node: fx.Node) -> Iterable[Any]:
 
 def _rolling(node: fx.Node) -> Iterable[Any]:
     """roll(x, shifts, dims); without dims over everything."""
-    shifts: Any = node.args[1]
-    dims: Any = node.args[2] if len(node.args) > 2 else []
+    arguments = bound_arguments(node)
+    shifts, dims = arguments["shifts"], arguments["dims"]
     if not dims:
         return shifts
     return [n for n, dim in zip(shifts, dims, strict=True) if _dynamic(node.args[0], dim)]

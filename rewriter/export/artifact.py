@@ -112,7 +112,9 @@ def _write(optimized: OptimizedModel, directory: Path) -> None:
 
 
 def _copy_tokenizer(source: Path | None, directory: Path) -> None:
-    for name in TOKENIZER_FILES if source is not None else ():
+    if source is None:
+        return
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 

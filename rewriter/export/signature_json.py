@@ -55,7 +55,8 @@ def decoding_from_json(stored: dict[str, Any] | None) -> Decoding | None:
     """The inverse."""
     if stored is None:
         return None
-    return Decoding(**stored | {"states": tuple(_state(item) for item in stored["states"])})
+    fields: dict[str, Any] = stored | {"states": tuple(_state(item) for item in stored["states"])}
+    return Decoding(**fields)
 
 
 def _state(stored: dict[str, Any]) -> StateSpec:

@@ -37,7 +37,7 @@ def render_html(report: Report) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": _figure, "change": _change}
+    environment.filters.update(figure=_figure, change=_change)  # pyright: ignore[reportUnknownMemberType]
     folder = resources.files("rewriter.report")
     template = environment.from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
     steps = [_step(step) for step in report.steps]

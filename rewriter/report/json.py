@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from rewriter.cost.cost import Cost
 from rewriter.engine.miss import Miss
@@ -25,24 +26,28 @@ def report_to_json(report: Report) -> dict[str, Any]:
 
 def report_from_json(stored: Any) -> Report:
     """The inverse. Raises ArtifactError for another schema or a damaged report."""
-    schema = stored.get("schema") if isinstance(stored, dict) else None
+    report = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
+    schema = report.get("schema")
     if schema != SCHEMA:
         raise ArtifactError(f"report has schema {schema!r}; allowed: {SCHEMA}")
     try:
-        return _report(stored)
+        return _report(report)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"report is damaged: {error!r}") from error
 
 
 def _finite(value: Any) -> Any:
     """JSON has no infinity and no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case dict():
+            items = cast("dict[str, Any]", value)
+            return {key: _finite(item) for key, item in items.items()}
+        case list() | tuple():
+            return [_finite(item) for item in cast("Sequence[Any]", value)]
+        case _:
+            return value
 
 
 def _number(value: Any) -> float | None:
