@@ -12,6 +12,7 @@ than the export took, or more than doubles from the second to the last number of
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import statistics
@@ -68,7 +69,7 @@ def main() -> int:
     turns = [layers for _ in range(arguments.repeats) for layers in arguments.layers]
     measured = [_measure(n, arguments) for n in track(turns, console=Console(stderr=True))]
     rows = [_median([r for r in measured if r.layers == layers]) for layers in arguments.layers]
-    growth = _growth(rows)
+    growth = _growth(measured, arguments.layers)
     console.print(_table(rows))
     met = all(row.ratio <= MAX_RATIO for row in rows) and (growth or 0.0) <= MAX_GROWTH
     console.print(_verdict(rows, growth))
@@ -92,6 +93,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(layers: int, arguments: argparse.Namespace) -> Row:
     model = _model(layers)
+    gc.collect()  # what earlier turns left behind
     optimized, milliseconds = timed(lambda: optimize(model, verify=arguments.verify))
     stages = dict(optimized.report.seconds)
     export = stages.pop("export")
@@ -125,11 +127,15 @@ def _median(rows: list[Row]) -> Row:
     return Row(rows[0].layers, export, added, stages)
 
 
-def _growth(rows: list[Row]) -> float | None:
-    """From the last but one number of layers to the last, where that is a doubling."""
-    if len(rows) < 2 or rows[-1].layers != 2 * rows[-2].layers:
+def _growth(measured: list[Row], layers: list[int]) -> float | None:
+    """From the last but one number of layers to the last, where that is a doubling.
+
+    The median over the turns: what slows a shared machine down slows both runs of a turn.
+    """
+    if len(layers) < 2 or layers[-1] != 2 * layers[-2]:
         return None
-    return round(rows[-1].added / rows[-2].added, 3)
+    small, large = ([r.added for r in measured if r.layers == n] for n in layers[-2:])
+    return round(statistics.median(b / a for a, b in zip(small, large, strict=True)), 3)
 
 
 def _table(rows: list[Row]) -> Table:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import passes as table  # the names are looked up late: passes import rewriter first
 from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
@@ -30,6 +28,7 @@ from rewriter.stages import (
     new_report,
     prepare,
     sound_base,
+    undisturbed,
 )
 from rewriter.verify.artifact_check import compare_with
 from rewriter.verify.baseline import Baseline
@@ -42,11 +41,8 @@ __all__ = ["PassInfo", "explain", "list_passes", "load", "optimize", "verify_aga
 
 PassSpecs = str | RewritePass | Sequence[str | RewritePass]
 
-own_random_numbers = torch.random.fork_rng(devices=[])
-"""The user's random numbers go on as if nothing had been drawn here."""
 
-
-@own_random_numbers
+@undisturbed()
 def optimize(
     model: Model,
     example_inputs: Examples = None,
@@ -102,11 +98,11 @@ def optimize(
     with clock("lower"):
         optimized = _optimized(prepared, verified.program, report, chosen.name)
         if baseline is not None:
-            check_lowered(optimized.program, optimized.run, chosen.name, baseline)
+            check_lowered(verified, optimized.run, chosen.name, baseline)
     return optimized
 
 
-@own_random_numbers
+@undisturbed()
 def explain(
     model: Model,
     example_inputs: Examples = None,
@@ -134,7 +130,7 @@ def load(directory: str | Path) -> OptimizedModel:
     return load_optimized(Path(directory))
 
 
-@own_random_numbers
+@undisturbed()
 def verify_against(
     optimized: OptimizedModel,
     model: Model | None = None,

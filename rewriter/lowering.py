@@ -8,6 +8,7 @@ calls.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -64,34 +65,34 @@ def lower(program: Program, backend: str) -> Callable[..., Any]:
         backend: "eager" or "inductor", from `choose_backend`.
     """
     if backend == "eager":
-        return _bound(_inlined(program, OPS.values()))
+        return _bound(_inlined(program, OPS.values()), program.module)
     traceable = [op for op in OPS.values() if op.traceable and not op.overload._schema.is_mutable]
-    return torch.compile(_inlined(program, traceable).module, dynamic=True)
+    graph = _inlined(program, traceable)
+    return torch.compile(fx.GraphModule(program.module, graph), dynamic=True)
 
 
-def _inlined(program: Program, ops: Iterable[DialectOp]) -> Program:
+def _inlined(program: Program, ops: Iterable[DialectOp]) -> fx.Graph:
     """A copy that calls the plain Python references of these operators, and `linear`."""
-    lowered = program.clone()
+    graph = copy.deepcopy(program.graph)
     references: dict[Any, Callable[..., Any]] = {op.overload: op.reference for op in ops}
     references[torch.ops.aten.linear.default] = linear
-    for node in lowered.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_function" and node.target in references:
             node.target = references[node.target]
-    lowered.module.recompile()
-    return lowered
+    return graph
 
 
-def _bound(program: Program) -> Callable[..., Any]:
-    """The code of a program with its weights as leading arguments, given once."""
-    graph, weights, inputs = program.graph, list[Any](), dict[str, fx.Node]()
-    first = program.placeholders()[0]
+def _bound(graph: fx.Graph, owner: nn.Module) -> Callable[..., Any]:
+    """The code of a graph with its weights as leading arguments, given once."""
+    weights, inputs = list[Any](), dict[str, fx.Node]()
+    first = graph.find_nodes(op="placeholder")[0]
     for node in graph.find_nodes(op="get_attr"):
         path = str(node.target)
         if path not in inputs:
             with graph.inserting_before(first):
                 inputs[path] = graph.placeholder(path.replace(".", "_"))
             inputs[path].target = inputs[path].name  # a legal name that nothing else has
-            weights.append(attrgetter(path)(program.module))
+            weights.append(attrgetter(path)(owner))
         node.replace_all_uses_with(inputs[path])
         graph.erase_node(node)
     return partial(fx.GraphModule(nn.Module(), graph).forward, *weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import platform
 import time
@@ -40,6 +41,7 @@ __all__ = [
     "new_report",
     "prepare",
     "sound_base",
+    "undisturbed",
 ]
 
 log = logging.getLogger("rewriter")
@@ -47,6 +49,24 @@ log = logging.getLogger("rewriter")
 Model = nn.Module | str | Path
 Examples = tuple[Any, ...] | Mapping[str, Any] | None
 OnStage = Callable[[str], None]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the user's random numbers as they were, and the garbage collector little to do.
+
+    A process with torch and a model has millions of objects that live on; the collector would look
+    at all of them again and again while graphs grow.
+    """
+    freeze = gc.get_freeze_count() == 0
+    if freeze:
+        gc.freeze()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if freeze:
+            gc.unfreeze()
 
 
 class Clock:

@@ -99,13 +99,13 @@ def evaluate(
 def needed(nodes: Sequence[fx.Node], bound: Mapping[fx.Node, Any]) -> list[fx.Node]:
     """Ancestors of `nodes`, themselves included, that have to run; operands before users."""
     order: list[fx.Node] = []
-    seen = set(bound)
+    seen = set[fx.Node]()
     stack = [(node, False) for node in reversed(nodes)]
     while stack:
         node, expanded = stack.pop()
         if expanded:
             order.append(node)
-        elif node not in seen:
+        elif node not in seen and node not in bound:
             seen.add(node)
             stack.append((node, True))
             stack.extend((operand, False) for operand in _operands(node, bound))

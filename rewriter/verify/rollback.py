@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from rewriter.engine.pipeline import Applied, PipelineResult
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.program import Program
@@ -38,11 +40,16 @@ MOST_CULPRITS = 4
 
 @dataclass
 class Verified:
-    """What is left after verification."""
+    """What is left after verification.
+
+    Attributes:
+        outputs: of the program in each scenario of the baseline; empty where nothing was run.
+    """
 
     result: PipelineResult
     certificates: list[Certificate] = field(default_factory=list)
     end_to_end: dict[str, float] = field(default_factory=dict)
+    outputs: Sequence[tuple[Tensor, ...]] = ()
 
     @property
     def program(self) -> Program:
@@ -83,7 +90,7 @@ def verify_and_rollback(
         for identity, reason in failed.items():
             log.warning("undone: %s at %s: %s", *identity, reason)
             undone[identity] = _Undone(reason, known.get(identity), trial.verdict(identity))
-    verified = Verified(trial.asked.result, end_to_end=_metrics(trial, bench))
+    verified = Verified(trial.asked.result, [], _metrics(trial, bench), trial.asked.outputs)
     names = baseline.names
     for applied in trial.applied:
         method = trial.methods.get(applied.identity, {})
