@@ -1,7 +1,11 @@
 """Nothing wrong gets out: each seeded fault changes the numbers, is undone, and the rest is right."""
 
-import pytest
+import copy
 
+import pytest
+import torch
+
+from rewriter import optimize
 from rewriter.capture.causal_lm import capture_causal_lm
 from rewriter.decoding.derive import derive
 from rewriter.engine.pipeline import apply_passes
@@ -16,14 +20,15 @@ from tests.verify.faults import FAULTS, Fault, Halves, OwnScale, WrongExactSetti
 PREPARED = {}
 
 
-def prepared(family):
+def prepared(family, dtype=torch.float32):
     """The model's outputs to compare with, and its decoding program."""
-    if family not in PREPARED:
-        captured = capture_causal_lm(small_lm(family))
+    if (family, dtype) not in PREPARED:
+        captured = capture_causal_lm(copy.deepcopy(small_lm(family)).to(dtype))
         raised = captured.clone()
         raise_program(raised)
-        PREPARED[family] = Baseline.decoding(captured, Verification()), derive(raised)
-    return PREPARED[family]
+        found = Baseline.decoding(captured, Verification()), derive(raised)
+        PREPARED[family, dtype] = found
+    return PREPARED[family, dtype]
 
 
 def verified_by(baseline, base, passes):
@@ -45,6 +50,20 @@ def test_a_wrong_rewrite_is_caught_and_undone(kind):
     assert all(c.reason for c in verified.certificates)
     assert baseline.mismatch(verified.result.program) == ""
     assert verified.result.program.code == apply_passes(base, []).program.code
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_wrong_rewrite_is_caught_in_bf16(kind):
+    family = "mistral" if kind == "window-off-by-one" else "llama"
+    baseline, base = prepared(family, torch.bfloat16)
+    assert not verified_by(baseline, base, [Fault(kind=kind)]).result.applied
+
+
+def test_rounding_in_bf16_is_no_fault(trial_reasoner):
+    passes = ["streaming-llm{num_sink_tokens=4,recent_window=252}", "default"]
+    report = optimize(trial_reasoner, passes=passes).report
+    applied = [c for c in report.certificates if c.status == "applied"]
+    assert len(applied) == len(report.certificates) == 4
 
 
 def test_a_fault_in_one_layer_costs_that_layer_only():
