@@ -25,6 +25,7 @@ from measure import MAX_ERROR, Row, measure_encoder, measure_family
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import machine
 
 DECODER_BAR = 46
 ENCODER_BAR = 12
@@ -159,7 +160,8 @@ def _encoder_totals(rows: Sequence[Row], partial: bool) -> tuple[bool, str]:
 
 
 def _write_json(path: str, rows: Sequence[Row], totals: str) -> None:
-    text = json.dumps({"totals": totals, "rows": [dataclasses.asdict(r) for r in rows]}, indent=1)
+    listed = [dataclasses.asdict(row) for row in rows]
+    text = json.dumps({"machine": machine(1), "totals": totals, "rows": listed}, indent=1)
     if path == "-":
         sys.stdout.write(text + "\n")
     else:

@@ -84,5 +84,8 @@ def example_inputs_of(model: nn.Module) -> tuple[Any, ...] | Mapping[str, Any]:
         return carried
     if getattr(model, "main_input_name", "") == "input_ids" and hasattr(model, "dummy_inputs"):
         return model.dummy_inputs  # pyright: ignore
-    allowed = "a tuple or dict of inputs; may be omitted only for a Hugging Face language model"
+    allowed = (
+        "a tuple or dict of inputs (--input-shape on the command line);"
+        " only a Hugging Face language model needs none"
+    )
     raise ConfigError("example_inputs", None, allowed)

@@ -1,4 +1,4 @@
-"""Hugging Face's own generation loop over a session of ours."""
+"""Hugging Face's own generation loop over a decoding session."""
 
 from __future__ import annotations
 
