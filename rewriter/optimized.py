@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rewriter.capture.guards import demand
 from rewriter.decoding.derive import logits_index
 from rewriter.decoding.new_tokens import check_tokens
 from rewriter.decoding.state import Session
@@ -155,7 +156,9 @@ class OptimizedModel(nn.Module):
             for name, leaf in zip(signature.leaf_names, leaves, strict=True)
             if name is not None
         }
-        return [self._checked(spec, by_name[spec.name]) for spec in signature.inputs]
+        checked = {spec.name: self._checked(spec, by_name[spec.name]) for spec in signature.inputs}
+        demand(self.program.meta["guards"], checked)
+        return list(checked.values())
 
     def _reordered(self, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
         """Leaves in the captured order, when positional and keyword arguments were mixed otherwise."""

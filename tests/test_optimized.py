@@ -195,3 +195,23 @@ def test_weights_that_are_cast_or_loaded_are_the_ones_that_run():
     torch.testing.assert_close(opt(x), module(x))
     opt.double()
     assert opt.run(x.double())[0].dtype == torch.float64
+
+
+class Blocks(nn.Module):
+    """Tokens in blocks of 16 add something once a block is full."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        full = x.shape[1] // 16 * 16
+        return self.linear(x) + (x[:, :full].mean() if full > 0 else 0.0)
+
+
+def test_sizes_that_take_another_path_are_refused():
+    module, x = Blocks(), torch.randn(2, 9, 4)
+    opt = optimize(module, (x,))
+    torch.testing.assert_close(opt(x), module(x))
+    with pytest.raises(InputError, match="another path"):
+        opt(torch.randn(2, 40, 4))

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from rewriter.errors import InputError
 from rewriter.program import InputSpec
 
-__all__ = ["conditions", "violated"]
+__all__ = ["conditions", "demand", "violated"]
 
 _SIZE = re.compile(r"L\['(?P<input>\w+)'\]\.size\(\)\[(?P<dim>\d+)\]")
 _SAME_SIZE = re.compile(r"\w+\.shape\[\d+\] == \w+\.shape\[\d+\]")
@@ -44,6 +45,17 @@ def violated(guards: Sequence[str], inputs: Mapping[str, Tensor]) -> str | None:
         if not _value(ast.parse(guard, mode="eval").body, inputs):
             return guard
     return None
+
+
+def demand(guards: Sequence[str], inputs: Mapping[str, Tensor]) -> None:
+    """Refuse inputs for which the model takes a path that was not traced.
+
+    Raises:
+        InputError: names the first condition that does not hold.
+    """
+    guard = violated(guards, inputs)
+    if guard is not None:
+        raise InputError(f"the model takes another path for these sizes; allowed: {guard}")
 
 
 _COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {

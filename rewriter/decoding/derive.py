@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewriter.capture.guards import violated
 from rewriter.decoding.mixing import mixing_operator, vocabulary
 from rewriter.decoding.own_positions import own_positions, read_positions
 from rewriter.dialect import OPS
@@ -26,6 +27,8 @@ CAUSAL_MASKS = ("causal", "sliding_window", "chunked")
 END = 9223372036854775807
 OWN_POSITIONS = "positions are generated inside the model and could not be replaced by position_ids"
 CALL_LENGTH = "what a token gives depends on how many tokens come with it"
+LENGTHS, LONGEST = (2, 3, 7, 20, 65, 130, 515), 4096
+"""Numbers of tokens at which the conditions of the trace have to hold; at most, where no limit is known."""
 TAIL = frozenset(
     {
         aten.mul.Tensor,
@@ -75,7 +78,23 @@ def derive(program: Program) -> Program | Miss:
             f"capture fixed dimension {baked.dim} of {baked.input} at {baked.value}: {baked.reason}"
         )
         return Miss(SUBJECT, reason)
+    guard = _broken_guard(program)
+    if guard:
+        return Miss(SUBJECT, f"the model takes another path where this does not hold: {guard}")
     return _derive_checked(program.clone())
+
+
+def _broken_guard(program: Program) -> str:
+    """A condition of the trace that some number of tokens in the model's range breaks; "" if none."""
+    limit = _position_limit(program) or LONGEST
+    lengths = [n for n in (*LENGTHS, limit) if n <= limit]
+    for length in lengths:
+        row = torch.empty(2, length, dtype=torch.int64, device="meta")
+        sizes = {spec.name: row for spec in program.signature.inputs}
+        guard = violated(program.meta.get("guards", ()), sizes)
+        if guard is not None:
+            return guard
+    return ""
 
 
 def _not_causal(site: Site) -> Miss | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.capture.guards import demand
 from rewriter.decoding.derive import logits_index
 from rewriter.decoding.mixing import differs
 from rewriter.decoding.new_tokens import check_tokens, new_columns
@@ -122,7 +123,9 @@ def whole_call(program: Program, call: TokenCall) -> dict[str, Tensor]:
     if positions is None:
         positions = torch.arange(q_len, device=call.input_ids.device)
     named = {"input_ids": call.input_ids, "position_ids": positions.expand(rows, -1)}
-    return {spec.name: named[spec.name] for spec in program.signature.inputs}
+    inputs = {spec.name: named[spec.name] for spec in program.signature.inputs}
+    demand(program.meta["guards"], inputs)
+    return inputs
 
 
 def _only_behind(real: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.capture.guards import demand
 from rewriter.decoding.derive import logits_index
 from rewriter.decoding.state import Session
 from rewriter.program import Program
@@ -27,7 +28,8 @@ class FlatScenario:
     inputs: Mapping[str, Tensor]
 
     def reference(self, original: Program) -> tuple[Tensor, ...]:
-        """What the original returns."""
+        """What the original returns. Raises InputError for sizes that it was not traced for."""
+        demand(original.meta.get("guards", ()), self.inputs)
         return tuple(original(**self.inputs))
 
     def candidate(self, program: Program, run: Runner | None = None) -> tuple[Tensor, ...]:
