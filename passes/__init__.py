@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from passes.grouped_attention import GroupedAttention
+from passes.random_entries import RandomEntries
 from passes.streaming_llm import StreamingLLM
 from rewriter.engine.rewrite_pass import RewritePass
 
@@ -10,6 +11,7 @@ __all__ = ["DEFAULT", "PASSES"]
 
 PASSES: dict[str, type[RewritePass]] = {
     GroupedAttention.name: GroupedAttention,
+    RandomEntries.name: RandomEntries,
     StreamingLLM.name: StreamingLLM,
 }
 """Every pass by name."""

@@ -75,6 +75,8 @@ class StateSpec:
         role: what it holds: `keys`, `values`, `positions`, `scores`, ...
         fill: the value of an empty entry.
         layer: the attention it belongs to; None when layers share it.
+        positions: the state that says which true position each slot of this one holds; None where
+            entries stand in order and none is dropped.
     """
 
     name: str
@@ -83,6 +85,7 @@ class StateSpec:
     role: str
     fill: float = 0
     layer: int | None = None
+    positions: str | None = None
 
     @property
     def bounded(self) -> bool:

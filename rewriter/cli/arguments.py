@@ -13,16 +13,16 @@ from rewriter.errors import ConfigError
 __all__ = ["check_file", "examples", "parse_ids"]
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, field: str = "html") -> None:
     """A file that can be written, before the long work starts. Raises ConfigError."""
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
-        raise ConfigError("html", str(path), "a file in an existing directory")
+        raise ConfigError(field, str(path), "a file in an existing directory")
     try:
         with tempfile.TemporaryDirectory(dir=parent):
             return
     except OSError as error:
-        raise ConfigError("html", str(path), f"a writable file ({error.strerror})") from error
+        raise ConfigError(field, str(path), f"a writable file ({error.strerror})") from error
 
 
 def examples(shapes: list[str] | None) -> tuple[Tensor, ...] | None:

@@ -33,8 +33,12 @@ def write_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, default=str))
 
 
+OnStage = Callable[..., None]
+"""Called with the name of the stage at work and, where it is known, the share that is done."""
+
+
 @contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
+def stages() -> Iterator[OnStage]:
     """A callable that names the stage at work, for stderr: a spinner and a clock on a terminal.
 
     Elsewhere each stage that took over two seconds leaves a line.
@@ -46,15 +50,22 @@ def stages() -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda stage: progress.update(task, description=stage)
+
+        def on_stage(stage: str, done: float | None = None) -> None:
+            share = "" if done is None else f" {done:.0%}"
+            progress.update(task, description=f"{stage}{share}")
+
+        yield on_stage
 
 
 @contextmanager
-def _timed_lines() -> Iterator[Callable[[str], None]]:
+def _timed_lines() -> Iterator[OnStage]:
     current, started = "", time.perf_counter()
 
-    def on_stage(stage: str) -> None:
+    def on_stage(stage: str, _done: float | None = None) -> None:
         nonlocal current, started
+        if stage == current:
+            return
         seconds = time.perf_counter() - started
         if current and seconds > WORTH_A_LINE:
             err.print(f"{current}: {seconds:.1f} s", markup=False)

@@ -188,6 +188,77 @@ def verify(
             out.print(f"  {name}  {value:.3g}", markup=False)
 
 
+@app.command()
+def quality(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory with a tokenizer")],
+    passes: Passes = None,
+    densities: Annotated[
+        str | None, typer.Option(help="percentages kept, e.g. 12.5,25,50,100")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="pass spec to compare with instead of the model; repeat"),
+    ] = None,
+    controls: Annotated[bool, typer.Option(help="also random and recent-only, equal bytes")] = True,
+    tasks: Annotated[str, typer.Option(help="names, joined by commas")] = "retrieval,arithmetic",
+    text: Annotated[
+        list[str] | None, typer.Option(help='a text file, or "sentences"; repeat')
+    ] = None,
+    length: Annotated[int, typer.Option(help="tokens of a row or context")] = 512,
+    rows: Annotated[int, typer.Option(help="rows of a text, for each seed")] = 2,
+    samples: Annotated[int, typer.Option(help="contexts of a task, for each seed")] = 8,
+    questions: Annotated[int, typer.Option(help="questions about each context")] = 4,
+    modes: Annotated[str, typer.Option(help="joined by commas")] = "multi-request,multi-turn",
+    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 3,
+    written: Annotated[int, typer.Option(help="tokens of free-running text")] = 64,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG picture to this file")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="write the JSON to this file too")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what rewrites cost in quality, on tasks and texts, beside controls at equal bytes."""
+    with guarded(debug):
+        from rewriter.cli import quality as command
+        from rewriter.quality.measure import measure_quality
+        from rewriter.quality.suite import Settings
+
+        wanted = command.parse_densities(densities)
+        settings = Settings(
+            tasks=command.parse_names(tasks),
+            texts=tuple(text or ()),
+            length=length,
+            rows=rows,
+            samples=samples,
+            questions=questions,
+            modes=command.parse_names(modes),
+            seeds=tuple(range(seeds)),
+            written=written,
+        )
+        for field, path in (("plot", plot), ("output", output)):
+            if path is not None:
+                check_file(path, field)
+        if plot is not None:
+            command.check_plotting()
+        with stages() as on_stage:
+            on_stage("load")
+            loaded, tokenizer = command.load_with_tokenizer(model)
+            report = measure_quality(
+                loaded,
+                tokenizer,
+                passes=passes or "default",
+                densities=wanted,
+                against=against,
+                controls=controls,
+                settings=settings,
+                name=model,
+                on_stage=on_stage,
+            )
+        command.write(report, output, plot)
+        write_json(report.to_json()) if as_json else command.show(report)
+
+
 def _optimized_or_saved(model: str, passes: list[str] | None, on_stage: Any) -> Any:
     from rewriter.api import load
     from rewriter.api import optimize as run

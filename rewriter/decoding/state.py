@@ -6,6 +6,7 @@ kept in the dense caches, which is the same for all rows because padding takes e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,36 @@ class Session:
             self._true = self._true.index_select(0, rows)
         if self._k_positions is not None:
             self._k_positions = self._k_positions.index_select(0, rows)
+
+    def fork(self, batch_size: int | None = None) -> Session:
+        """A session of its own that goes on from here.
+
+        Args:
+            batch_size: a single row may become several; None = the same rows.
+
+        Raises:
+            InputError: several rows cannot become another number of them.
+        """
+        if batch_size is not None and self.batch_size not in (1, batch_size):
+            raise InputError(f"batch_size={batch_size} is not allowed: {self.batch_size} rows")
+        rows = torch.arange(batch_size or self.batch_size, device=self._device)
+        other = copy.copy(self)
+        other._state, other.batch_size = dict(self._state), len(rows)
+        other.reorder(rows if self.batch_size > 1 else torch.zeros_like(rows))
+        return other
+
+    def kept_positions(self) -> dict[int, Tensor]:
+        """True positions of what the layers that forget still hold.
+
+        Returns:
+            by layer: int64 [batch_size, ..., slots], -1 = empty. A layer that keeps everything is not
+            among them.
+        """
+        return {
+            spec.layer: self._state[spec.positions]
+            for spec in self._decoding.states
+            if spec.positions is not None and spec.layer is not None
+        }
 
     def _empty(self, spec: StateSpec) -> Tensor:
         extents = {"batch": self.batch_size, "capacity": self._room}

@@ -7,6 +7,7 @@ from rewriter.dialect.linear import linear
 from rewriter.dialect.mlp import gated_mlp, mlp
 from rewriter.dialect.moe import moe
 from rewriter.dialect.norm import layer_norm, rms_norm
+from rewriter.dialect.random_entries import random_entries
 from rewriter.dialect.registry import OPS, DialectOp, dialect_op
 from rewriter.dialect.rope import rope
 from rewriter.dialect.streaming import streaming_attention, streaming_entries
@@ -23,6 +24,7 @@ __all__ = [
     "linear",
     "mlp",
     "moe",
+    "random_entries",
     "rms_norm",
     "rope",
     "streaming_attention",

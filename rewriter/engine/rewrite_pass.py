@@ -95,6 +95,21 @@ class RewritePass:
         """Settings worth trying in a search, cheapest first."""
         return (self,)
 
+    def at_density(self, density: float, *, length: int) -> Self | None:
+        """This method with so much kept of what it drops, on sequences of `length` tokens.
+
+        Args:
+            density: share kept, in (0, 1]; at 1 nothing changes.
+
+        Returns:
+            None for a method that drops nothing.
+        """
+        return None
+
+    def controls(self) -> dict[str, str]:
+        """Specs of what this method has to beat at equal bytes, by name; see `rewriter.quality`."""
+        return {}
+
     def __str__(self) -> str:
         from rewriter.engine.spec_text import format_spec
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from rewriter.cost.cost import Cost
-from rewriter.errors import ConfigError
+from rewriter.report.files import write_file
 from rewriter.report.report import Report, Step
 from rewriter.report.side_by_side import readable, side_by_side
 from rewriter.verify.certificate import Certificate
@@ -21,15 +19,7 @@ __all__ = ["render_html", "write_html"]
 
 def write_html(report: Report, path: Path) -> None:
     """Write the file whole or not at all. Raises ConfigError when it cannot be written."""
-    text = render_html(report)
-    folder = path.absolute().parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
-            written = Path(temporary) / path.name
-            written.write_text(text, encoding="utf-8")
-            os.replace(written, path)
-    except OSError as error:
-        raise ConfigError("html", str(path), f"a writable file ({error.strerror})") from error
+    write_file(path, render_html(report).encode(), "html")
 
 
 def render_html(report: Report) -> str:

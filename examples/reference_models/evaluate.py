@@ -1,0 +1,89 @@
+"""Accuracy of a model on held-out samples of the tasks.
+
+    python examples/reference_models/evaluate.py examples/models/reasoner
+
+An answer counts when every token of it is the model's first choice, which is when greedy decoding
+would have given it.
+"""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rewriter.quality.tasks import END, TASKS, Sample
+
+CASES = (
+    ("arithmetic", 0),
+    ("recalled-arithmetic", 0),
+    ("people", 0),
+    ("lists", 0),
+    ("retrieval", 20),
+    ("retrieval", 80),
+    ("retrieval", 330),
+    ("retrieval", 664),
+    ("tracking", 12),
+    ("tracking", 60),
+    ("tracking", 240),
+    ("affixes", 12),
+    ("affixes", 50),
+    ("affixes", 190),
+)
+"""Task, and entries in the context."""
+
+
+def answer_ids(tokenizer: Any, sample: Sample, index: int) -> tuple[list[int], list[int]]:
+    """Token ids of the context with one question, and of the right answer."""
+    question = sample.questions[index]
+    text = f"{sample.context} {question.prompt}"
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(f"{question.answer}{END}", add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id, *prompt], answer
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module, tokenizer: Any, task: str, size: int, samples: int, seed: int
+) -> float:
+    """Share of answers that are right from their first to their last token.
+
+    Questions about one context are asked one by one, each right after the context.
+    """
+    rng, right, asked = Random(seed), 0, 0
+    per_context = 1 if size == 0 else 4
+    for _ in range(samples // per_context):
+        sample = TASKS[task].sample(rng, size, per_context, held_out=True)
+        for index in range(len(sample.questions)):
+            prompt, answer = answer_ids(tokenizer, sample, index)
+            logits = model(torch.tensor([prompt + answer])).logits[0]
+            right += int(_all_first(logits[len(prompt) - 1 : -1], torch.tensor(answer)))
+            asked += 1
+    return right / asked
+
+
+def _all_first(logits: Tensor, answer: Tensor) -> bool:
+    return bool((logits.argmax(-1) == answer).all())
+
+
+def table(model: nn.Module, tokenizer: Any, samples: int, seed: int = 0) -> dict[str, float]:
+    """Accuracy by task and number of entries."""
+    return {
+        f"{task} {size}".removesuffix(" 0"): accuracy(model, tokenizer, task, size, samples, seed)
+        for task, size in CASES
+    }
+
+
+def main() -> None:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    for name, value in table(model, tokenizer, samples=200).items():
+        print(f"{name:24} {100 * value:5.1f} %")
+
+
+if __name__ == "__main__":
+    main()

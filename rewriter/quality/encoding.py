@@ -1,0 +1,111 @@
+"""Texts as tokens of a model, and tasks at a length in tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from random import Random
+from typing import Any
+
+from rewriter.errors import ConfigError, ModelError
+from rewriter.quality.tasks import END, Sample, Task
+
+__all__ = ["Encoding", "TokenSample", "size_for_length"]
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """A sample in tokens: the context with its beginning token, questions, right answers.
+
+    Attributes:
+        sample: what was encoded. context: at least one token. questions, answers: aligned.
+    """
+
+    sample: Sample
+    context: list[int]
+    questions: list[list[int]]
+    answers: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context with its longest question and answer."""
+        turns = zip(self.questions, self.answers, strict=True)
+        return len(self.context) + max(len(q) + len(a) for q, a in turns)
+
+
+class Encoding:
+    """A tokenizer that fits a model.
+
+    Args:
+        tokenizer: of Hugging Face. vocab_size: rows of the model's embedding.
+
+    Raises:
+        ModelError: the tokenizer makes ids that the model does not have.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        if len(tokenizer) > vocab_size:
+            raise ModelError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}: "
+                "they do not belong together"
+            )
+        self.tokenizer = tokenizer
+        self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text, nothing added."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of tokens; the beginning and padding left out, the end token kept if it is END."""
+        dropped = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
+        if self.tokenizer.eos_token != END:
+            dropped.add(self.tokenizer.eos_token_id)
+        return self.tokenizer.decode([i for i in ids if i not in dropped])
+
+    def encode(self, sample: Sample) -> TokenSample:
+        """Context, questions and answers, each encoded by itself."""
+        context = self.bos + self.ids(sample.context)
+        questions = [self.ids(f" {q.prompt}") for q in sample.questions]
+        answers = [self.ids(f" {q.answer}{END}") for q in sample.questions]
+        if not context:  # a tokenizer without a beginning token, a task without a context
+            context, questions = questions[0][:1], [q[1:] for q in questions]
+        return TokenSample(sample, context, questions, answers)
+
+    def check(self, task: Task) -> None:
+        """Raises ModelError where the tokenizer does not know the words of a task."""
+        encoded = self.encode(task.sample(Random(0), task.smallest, 4, held_out=True))
+        ids = [*chain(encoded.context, *encoded.questions, *encoded.answers)]
+        unknown = self.tokenizer.unk_token_id
+        count = 0 if unknown is None else ids.count(unknown)
+        if count:
+            raise ModelError(
+                f"the tokenizer does not know the words of {task.name}: {count} of {len(ids)} tokens "
+                "are unknown to it"
+            )
+
+
+def size_for_length(task: Task, encoding: Encoding, length: int, num_questions: int) -> int:
+    """The most entries with which a sample of the task takes at most `length` tokens.
+
+    Samples of one size differ in length; the size is chosen on one of them, an eighth is left free.
+
+    Raises:
+        ConfigError: not even one entry fits.
+    """
+
+    def fits(size: int) -> bool:
+        sample = task.sample(Random(size), size, num_questions, held_out=True)
+        return encoding.encode(sample).length <= length
+
+    smallest = task.smallest
+    if not fits(smallest):
+        needed = encoding.encode(task.sample(Random(0), smallest, 1, held_out=True)).length
+        raise ConfigError("length", length, f"at least about {needed} tokens for {task.name}")
+    low, high = smallest, 2 * smallest + 1
+    while fits(high) and high < task.largest:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return min(low, task.largest)

@@ -1,0 +1,192 @@
+"""The rows and samples of a quality run, and what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from rewriter.errors import ConfigError
+from rewriter.optimized import OptimizedModel
+from rewriter.quality.accuracy import MODES, draw_samples, grade
+from rewriter.quality.agreement import common_prefixes, greedy_continuations
+from rewriter.quality.bootstrap import mean_interval
+from rewriter.quality.encoding import Encoding, TokenSample, size_for_length
+from rewriter.quality.fidelity import compare
+from rewriter.quality.report import Accuracy, Result
+from rewriter.quality.retained_mass import RetainedMass, retained_mass
+from rewriter.quality.sources import Source, check_task, read_source
+from rewriter.quality.summary import summary
+from rewriter.quality.tasks import TASKS
+from rewriter.quality.variants import Variant
+
+__all__ = ["Settings", "Suite"]
+
+OnProgress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        tasks: names, for accuracy and, with a context, for fidelity. texts: files, or "sentences".
+        length: tokens of a row, and of a context with its question and answer.
+        rows: of a text, for each seed. samples: contexts of a task, for each seed. questions: of each.
+        modes: see `rewriter.quality.accuracy`. seeds: what is drawn is drawn anew for each.
+        written: tokens of free-running text, at most half of a row.
+        mass: whether to measure retained attention mass.
+
+    Raises:
+        ConfigError: an unknown task or mode, a number out of range, or nothing to measure.
+    """
+
+    tasks: tuple[str, ...] = ("retrieval", "arithmetic")
+    texts: tuple[str | Path, ...] = ()
+    length: int = 512
+    rows: int = 2
+    samples: int = 8
+    questions: int = 4
+    modes: tuple[str, ...] = MODES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    written: int = 64
+    mass: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.tasks and not self.texts:
+            raise ConfigError("tasks", self.tasks, "at least one task or text")
+        for task in self.tasks:
+            check_task(task)
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ConfigError("modes", mode, f"one of {', '.join(MODES)}")
+        for name in ("length", "rows", "samples", "questions", "written"):
+            if getattr(self, name) < (8 if name == "length" else 1):
+                least = 8 if name == "length" else 1
+                raise ConfigError(name, getattr(self, name), f"an integer of at least {least}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("seeds", self.seeds, "one or more different numbers")
+
+
+@dataclass
+class Suite:
+    """The rows and samples of a run, drawn once, so that all variants see the same.
+
+    Args:
+        encoding: the tokenizer. original: the model's own function; fidelity is measured to it.
+        max_positions: of the model; None = unbounded.
+
+    Raises:
+        ConfigError: a length that the model has no positions for, or too short for a task.
+        InputError: a text that cannot be used. ModelError: words that the tokenizer does not know.
+    """
+
+    settings: Settings
+    encoding: Encoding
+    original: OptimizedModel
+    max_positions: int | None
+    sources: list[Source] = field(init=False)
+    samples: dict[str, dict[int, list[TokenSample]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        chosen, limit = self.settings, self.max_positions
+        if limit is not None and chosen.length > limit:
+            raise ConfigError("length", chosen.length, f"at most the model's {limit} positions")
+        self.samples = {task: self._drawn(task) for task in chosen.tasks}
+        names = (*chosen.texts, *(t for t in chosen.tasks if TASKS[t].smallest > 0))
+        self.sources = [
+            read_source(n, self.encoding, chosen.length, chosen.rows, chosen.seeds) for n in names
+        ]
+
+    def _drawn(self, task: str) -> dict[int, list[TokenSample]]:
+        chosen = self.settings
+        self.encoding.check(TASKS[task])
+        size = size_for_length(TASKS[task], self.encoding, self._context(task), 1)
+        return {
+            seed: draw_samples(task, self.encoding, size, chosen.samples, chosen.questions, seed)
+            for seed in chosen.seeds
+        }
+
+    def _context(self, task: str) -> int:
+        """Tokens of a context with one turn: in turns, all of them have to fit the length."""
+        if "multi-turn" not in self.settings.modes:
+            return self.settings.length
+        sample = TASKS[task].sample(Random(0), TASKS[task].smallest, 1, held_out=True)
+        encoded = self.encoding.encode(sample)
+        turn = len(encoded.questions[0]) + len(encoded.answers[0])
+        return max(self.settings.length - turn * (self.settings.questions - 1), encoded.length)
+
+    def run(
+        self, variants: Sequence[Variant], against: int, on_progress: OnProgress
+    ) -> list[Result]:
+        """Measure all variants. `against`: which of them accuracies are compared with."""
+        results = [
+            Result(v.plan.label, v.plan.specs, v.plan.control, v.plan.density, undone=v.undone)
+            for v in variants
+        ]
+        for source in self.sources:
+            self._add_fidelity(source, variants, results, on_progress)
+        for task, samples in self.samples.items():
+            for mode in self.settings.modes:
+                self._add_accuracy(task, mode, samples, variants, results, against, on_progress)
+        return results
+
+    def _add_fidelity(
+        self,
+        source: Source,
+        variants: Sequence[Variant],
+        results: list[Result],
+        on_progress: OnProgress,
+    ) -> None:
+        models, half = [v.model for v in variants], source.ids.shape[1] // 2
+        what = f"reading {source.name}"
+        own, *traces = compare(
+            self.original, models, source.ids, lambda done: on_progress(what, done)
+        )
+        masses: list[RetainedMass] | None = None
+        if self.settings.mass:
+            masses = retained_mass(self.original.program, source.ids, traces)
+        prompts = source.ids[:, :half]
+        limit = min(self.settings.written, source.ids.shape[1] - half)
+        texts = greedy_continuations(self.original, prompts, limit)
+        for index, (model, trace, result) in enumerate(zip(models, traces, results, strict=True)):
+            mine = greedy_continuations(model, prompts, limit)
+            prefix = common_prefixes(texts, mine)
+            mass = None if masses is None else masses[index]
+            result.fidelity[source.name] = summary(source, trace, own, prefix, mass)
+            result.state_bytes[source.name] = trace.state_bytes
+
+    def _add_accuracy(
+        self,
+        task: str,
+        mode: str,
+        samples: dict[int, list[TokenSample]],
+        variants: Sequence[Variant],
+        results: list[Result],
+        against: int,
+        on_progress: OnProgress,
+    ) -> None:
+        grades = []
+        for index, variant in enumerate(variants):
+            grades.append(
+                {
+                    seed: grade(variant.model, self.encoding, drawn, mode)
+                    for seed, drawn in samples.items()
+                }
+            )
+            on_progress(f"answering {task}, {mode}", (index + 1) / len(variants))
+        base = _pooled(grades[against])
+        for mine, result in zip(grades, results, strict=True):
+            pooled = _pooled(mine)
+            pairs = zip(pooled, base, strict=True)
+            differences = [[a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
+            by_seed = {str(seed): mean_interval(rows).mean for seed, rows in mine.items()}
+            result.accuracy.setdefault(task, {})[mode] = Accuracy(
+                mean_interval(pooled), mean_interval(differences), by_seed
+            )
+
+
+def _pooled(grades: dict[int, list[list[float]]]) -> list[list[float]]:
+    """The samples of every seed."""
+    return [sample for samples in grades.values() for sample in samples]

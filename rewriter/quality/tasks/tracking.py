@@ -1,0 +1,41 @@
+"""Variable tracking: follow assignments, hop by hop, to the number at their end."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+from typing import ClassVar
+
+from rewriter.quality.tasks.task import Question, Sample, Task
+from rewriter.quality.tasks.words import WORDS
+
+__all__ = ["Tracking"]
+
+HOPS = (2, 3, 4)
+
+
+class Tracking(Task):
+    """`[kabo = 31, lemi = kabo]? lemi` is answered by `= kabo = 31; 31`."""
+
+    name: ClassVar[str] = "tracking"
+    summary: ClassVar[str] = "the number a variable has after 2 to 4 assignments"
+    smallest: ClassVar[int] = 3
+
+    def draw(self, rng: Random, size: int, num_questions: int) -> Sample:
+        """Chains whose statements are mixed with those of the others; each ends in a number."""
+        chains = _chains(rng, rng.sample(WORDS, min(size, len(WORDS))))
+        lines = [f"{a} = {b}" for chain in chains for a, b in pairwise(chain)]
+        rng.shuffle(lines)
+        asked = rng.sample(chains, min(num_questions, len(chains)))
+        questions = (Question(f"? {c[0]}", f"= {' = '.join(c[1:])}; {c[-1]}") for c in asked)
+        return Sample(f"[{', '.join(lines)}]", tuple(questions))
+
+
+def _chains(rng: Random, names: list[str]) -> list[list[str]]:
+    """The names cut into chains, each followed by the number its last name has."""
+    chains = []
+    while len(names) >= min(HOPS):
+        hops = rng.choice(HOPS)
+        chains.append([*names[:hops], str(rng.randrange(10, 100))])
+        names = names[hops:]
+    return chains
