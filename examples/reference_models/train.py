@@ -21,12 +21,7 @@ from sequences import Sequences
 from tokenizer import build_tokenizer
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MAX_POSITIONS = 4096
 TOKENS_PER_STEP = 8192
@@ -125,10 +120,8 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """In bf16, as a Hugging Face directory."""
-    half = AutoModelForCausalLM.from_config(model.config).to(torch.bfloat16)
-    half.load_state_dict({k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
-    half.save_pretrained(directory)
+    """In fp32, as a Hugging Face directory."""
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -204,13 +204,16 @@ def quality(
     text: Annotated[
         list[str] | None, typer.Option(help='a text file, or "sentences"; repeat')
     ] = None,
-    length: Annotated[int, typer.Option(help="tokens of a row or context")] = 512,
+    length: Annotated[int, typer.Option(help="tokens of a row or context")] = 1024,
     rows: Annotated[int, typer.Option(help="rows of a text, for each seed")] = 2,
     samples: Annotated[int, typer.Option(help="contexts of a task, for each seed")] = 8,
     questions: Annotated[int, typer.Option(help="questions about each context")] = 4,
     modes: Annotated[str, typer.Option(help="joined by commas")] = "multi-request,multi-turn",
     seeds: Annotated[int, typer.Option(min=1, help="how many")] = 3,
     written: Annotated[int, typer.Option(help="tokens of free-running text")] = 64,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as it was saved")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="write a PNG picture to this file")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="write the JSON to this file too")
@@ -243,7 +246,7 @@ def quality(
             command.check_plotting()
         with stages() as on_stage:
             on_stage("load")
-            loaded, tokenizer = command.load_with_tokenizer(model)
+            loaded, tokenizer = command.load_with_tokenizer(model, dtype)
             report = measure_quality(
                 loaded,
                 tokenizer,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rewriter.cli.console import out
 from rewriter.errors import ConfigError, ModelError
+from rewriter.quality.bootstrap import Interval
 from rewriter.quality.report import QualityReport, Result
 from rewriter.report.files import write_file
 
@@ -42,13 +46,22 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def load_with_tokenizer(directory: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a Hugging Face directory. Raises ModelError."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_with_tokenizer(directory: str, dtype: str | None) -> tuple[Any, Any]:
+    """Model, in `dtype` or as it was saved, and tokenizer of a Hugging Face directory.
+
+    Raises:
+        ModelError: something is missing or damaged. ConfigError: an unknown dtype.
+    """
     from transformers import AutoTokenizer
 
     from rewriter.capture.sources import load_model
 
-    model = load_model(directory)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError("dtype", dtype, f"one of {', '.join(DTYPES)}")
+    model = load_model(directory).to(DTYPES.get(dtype or ""))
     if not Path(directory).is_dir():
         raise ModelError(f"{directory} has no tokenizer; quality needs a Hugging Face directory")
     try:
@@ -76,60 +89,74 @@ def write(report: QualityReport, output: Path | None, plot: Path | None) -> None
 
 
 def show(report: QualityReport) -> None:
-    """One table for each source and one for the tasks."""
+    """One table for each source, one for the tasks, and the passes in full."""
     first = report.results[0]
     for source in first.fidelity:
         out.print(_fidelity_table(source, report.results))
-    if first.accuracy:
-        out.print(_accuracy_table(report.results))
-    for result in report.results:
+    for task in first.accuracy:
+        out.print(_accuracy_table(task, report.results))
+    for name, result in zip(_names(report.results), report.results, strict=True):
+        if " + ".join(result.specs) not in ("", name):
+            out.print(f"{name}: {' + '.join(result.specs)}", markup=False)
         for reason in result.undone:
-            out.print(f"{result.label}: undone: {reason}", markup=False)
+            out.print(f"{name}: undone: {reason}", markup=False)
+
+
+def _names(results: list[Result]) -> list[str]:
+    """Short names of the variants: method or control, and the share that is kept."""
+    names = []
+    for result in results:
+        method = " + ".join(spec.partition("{")[0] for spec in result.specs) or "dense"
+        name = f"  {result.control}" if result.control else method
+        names.append(name if result.density is None else f"{name} {100 * result.density:g} %")
+    repeated = len(set(names)) < len(names)
+    return [result.label for result in results] if repeated else names
 
 
 def _fidelity_table(source: str, results: list[Result]) -> Table:
-    title = f"{source}: distance from the original, token by token"
-    headings = ("KL", "KL p99", "agree", "perplexity", "prefix", "mass/oracle")
-    table = _table(title, headings)
-    for result in results:
+    headings = ("KL", "KL p99", "agree", "ppl", "prefix", "mass", "oracle")
+    table = _table(f"{source}: distance from the original, token by token", headings)
+    for name, result in zip(_names(results), results, strict=True):
         f = result.fidelity[source]
-        mass = "" if f.mass is None else f"{f.mass.variant:.2f}/{f.mass.oracle:.2f}"
+        mass = ("", "") if f.mass is None else (f"{f.mass.variant:.3f}", f"{f.mass.oracle:.3f}")
         table.add_row(
-            result.label,
+            name,
             _bytes(result.state_bytes[source]),
-            f"{f.kl_mean:.2g}",
-            f"{f.kl_p99:.2g}",
+            f"{f.kl_mean:.1e}",
+            f"{f.kl_p99:.1e}",
             f"{100 * f.agreement:.1f} %",
-            f"{f.perplexity:.2f}",
+            f"{f.perplexity:.4g}",
             f"{f.common_prefix:.0f}",
-            mass,
+            *mass,
         )
     return table
 
 
-def _accuracy_table(results: list[Result]) -> Table:
-    columns = [(task, mode) for task, modes in results[0].accuracy.items() for mode in modes]
-    table = _table("right answers, and the difference", [f"{t}\n{m}" for t, m in columns])
-    for result in results:
-        cells = [result.accuracy[task][mode] for task, mode in columns]
-        texts = [
-            f"{100 * a.score.mean:.1f} %\n"
-            f"{100 * a.difference.mean:+.0f} ({100 * a.difference.low:+.0f} to "
-            f"{100 * a.difference.high:+.0f})"
-            for a in cells
-        ]
-        size = next(iter(result.state_bytes.values()), 0)
-        table.add_row(result.label, _bytes(size), *texts)
+def _accuracy_table(task: str, results: list[Result]) -> Table:
+    modes = results[0].accuracy[task]
+    headings = [heading for mode in modes for heading in (mode, f"against {results[0].label}")]
+    table = _table(f"{task}: right answers, with 95 % intervals", headings)
+    for name, result in zip(_names(results), results, strict=True):
+        cells: list[str] = []
+        for accuracy in result.accuracy[task].values():
+            cells.append(_percent(accuracy.score, ".0f"))
+            cells.append(_percent(accuracy.difference, "+.0f"))
+        table.add_row(name, _bytes(result.task_bytes[task]), *cells)
     return table
 
 
-def _table(title: str, headings: Any) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("variant", overflow="fold")
+def _percent(interval: Interval, form: str) -> str:
+    mean, low, high = (f"{100 * v:{form}}" for v in (interval.mean, interval.low, interval.high))
+    return f"{mean} ({low} to {high})"
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for heading in ("state", *headings):
         table.add_column(heading, justify="right")
     return table
 
 
 def _bytes(size: int) -> str:
-    return f"{size / 1024:.0f} KiB" if size else ""
+    return f"{size / 1024:.0f} KiB"

@@ -12,72 +12,63 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
 
-from rewriter.decoding.state import Session
 from rewriter.optimized import OptimizedModel
 from rewriter.quality.decode import continue_greedily, feed
-from rewriter.quality.encoding import Encoding, TokenSample
+from rewriter.quality.encoding import SLACK, Encoding, TokenSample, size_for_length
 from rewriter.quality.tasks import END, TASKS, final_answer
 
 __all__ = ["MODES", "draw_samples", "grade"]
-
-SLACK = 8
-"""Tokens a reply may be longer than the right answer."""
 
 MODES = ("multi-request", "multi-turn")
 
 
 def draw_samples(
-    task: str, encoding: Encoding, size: int, count: int, num_questions: int, seed: int
+    task: str, encoding: Encoding, length: int, count: int, num_questions: int, seed: int
 ) -> list[TokenSample]:
-    """Held-out samples of a task, the same for the same seed."""
-    rng = Random(seed)
-    kind = TASKS[task]
-    drawn = (kind.sample(rng, size, num_questions, held_out=True) for _ in range(count))
-    return [encoding.encode(sample) for sample in drawn]
+    """Held-out samples of a task that fill `length` tokens, turns included.
+
+    The same for the same seed. Raises ConfigError for a length that is too short.
+    """
+    rng, kind = Random(seed), TASKS[task]
+    size = size_for_length(kind, encoding, length, num_questions)
+    drawn: list[TokenSample] = []
+    while len(drawn) < count:
+        sample = encoding.encode(kind.sample(rng, size, num_questions, held_out=True))
+        if sample.length <= length:
+            drawn.append(sample)
+    return drawn
 
 
 def grade(
-    model: OptimizedModel,
-    encoding: Encoding,
-    samples: Sequence[TokenSample],
-    mode: str,
-    on_progress: Callable[[float], None] | None = None,
-) -> list[list[float]]:
-    """1 or 0 for each question of each sample; only what the reply ends with is graded."""
-    ask = _all_at_once if mode == "multi-request" else _in_turns
+    model: OptimizedModel, encoding: Encoding, samples: Sequence[TokenSample], mode: str
+) -> tuple[list[list[float]], int]:
+    """Ask every question; only what a reply ends with is graded.
+
+    Args:
+        samples: with the same number of questions; they are the rows of one session.
+        mode: one of `MODES`.
+
+    Returns:
+        1 or 0 for each question of each sample, and the bytes of state of one row at the end.
+    """
     ends = _ends(encoding)
-    grades = []
-    for index, sample in enumerate(samples):
-        session = model.session(1)
-        feed(session, [sample.context])
-        replies = ask(session, sample, ends)
-        pairs = zip(replies, sample.sample.questions, strict=True)
-        grades.append([float(final_answer(encoding.text(r)) == q.final) for r, q in pairs])
-        if on_progress is not None:
-            on_progress((index + 1) / len(samples))
-    return grades
-
-
-def _all_at_once(
-    session: Session, sample: TokenSample, ends: Callable[[int], bool]
-) -> list[list[int]]:
-    """Each question of a copy of the state."""
-    copies = session.fork(len(sample.questions))
-    logits = feed(copies, sample.questions)
-    limit = max(map(len, sample.answers)) + SLACK
-    return continue_greedily(copies, logits, limit, ends)
-
-
-def _in_turns(
-    session: Session, sample: TokenSample, ends: Callable[[int], bool]
-) -> list[list[int]]:
-    """Replies are made on a copy; the session itself hears the right answers."""
-    replies = []
-    for question, answer in zip(sample.questions, sample.answers, strict=True):
-        logits = feed(session, [question])
-        replies += continue_greedily(session.fork(), logits, len(answer) + SLACK, ends)
-        feed(session, [answer])
-    return replies
+    grades: list[list[float]] = [[] for _ in samples]
+    asked = session = model.session(len(samples))
+    feed(session, [sample.context for sample in samples])
+    for turn in range(len(samples[0].questions)):
+        questions = [sample.questions[turn] for sample in samples]
+        answers = [sample.answers[turn] for sample in samples]
+        asked = session.fork()
+        limit = max(map(len, answers)) + SLACK
+        replies = continue_greedily(asked, feed(asked, questions), limit, ends)
+        for row, reply in enumerate(replies):
+            right = samples[row].sample.questions[turn].final
+            text = encoding.text(reply[: len(answers[row]) + SLACK])
+            grades[row].append(float(final_answer(text) == right))
+        if mode == "multi-turn":
+            turns = zip(questions, answers, strict=True)
+            feed(session, [question + answer for question, answer in turns])
+    return grades, asked.state_bytes() // len(samples)
 
 
 def _ends(encoding: Encoding) -> Callable[[int], bool]:

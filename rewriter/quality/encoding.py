@@ -10,7 +10,14 @@ from typing import Any
 from rewriter.errors import ConfigError, ModelError
 from rewriter.quality.tasks import END, Sample, Task
 
-__all__ = ["Encoding", "TokenSample", "size_for_length"]
+__all__ = ["SLACK", "Encoding", "TokenSample", "size_for_length"]
+
+
+SLACK = 8
+"""Tokens a reply may be longer than the right answer."""
+
+TRIALS = 3
+"""Samples that are tried for a size."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,8 @@ class TokenSample:
 
     @property
     def length(self) -> int:
-        """Tokens of the context with its longest question and answer."""
-        turns = zip(self.questions, self.answers, strict=True)
-        return len(self.context) + max(len(q) + len(a) for q, a in turns)
+        """Tokens of the context with all questions and answers, and of a reply that is too long."""
+        return len(self.context) + sum(map(len, (*self.questions, *self.answers))) + SLACK
 
 
 class Encoding:
@@ -86,26 +92,27 @@ class Encoding:
 
 
 def size_for_length(task: Task, encoding: Encoding, length: int, num_questions: int) -> int:
-    """The most entries with which a sample of the task takes at most `length` tokens.
+    """The most entries with which samples of the task take at most `length` tokens, turns included.
 
-    Samples of one size differ in length; the size is chosen on one of them, an eighth is left free.
+    Samples of one size differ in length; the size is chosen on a few of them.
 
     Raises:
-        ConfigError: not even one entry fits.
+        ConfigError: not even the fewest entries fit.
     """
 
-    def fits(size: int) -> bool:
-        sample = task.sample(Random(size), size, num_questions, held_out=True)
-        return encoding.encode(sample).length <= length
+    def needed(size: int) -> int:
+        rng = Random(size)
+        drawn = (task.sample(rng, size, num_questions, held_out=True) for _ in range(TRIALS))
+        return max(encoding.encode(sample).length for sample in drawn)
 
     smallest = task.smallest
-    if not fits(smallest):
-        needed = encoding.encode(task.sample(Random(0), smallest, 1, held_out=True)).length
-        raise ConfigError("length", length, f"at least about {needed} tokens for {task.name}")
+    if needed(smallest) > length:
+        allowed = f"at least about {needed(smallest)} tokens for {task.name}"
+        raise ConfigError("length", length, allowed)
     low, high = smallest, 2 * smallest + 1
-    while fits(high) and high < task.largest:
+    while high < task.largest and needed(high) <= length:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if needed(middle) <= length else (low, middle)
     return min(low, task.largest)

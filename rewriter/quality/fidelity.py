@@ -26,7 +26,7 @@ class Trace:
     """What one variant did on the rows of a source; every tensor is [rows, length].
 
     Attributes:
-        kl: KL(original || variant) in nats at each position, fp32. agrees: whether the most likely
+        kl: KL(original || variant) in nats at each position, fp64. agrees: whether the most likely
             token is the original's. nll: of the row's next token; one column less.
         evicted_ago: tokens since the state last lost an entry, `NEVER` before the first loss.
         kept: by layer that forgets: bool [rows, query position, position].
@@ -56,7 +56,7 @@ class _Reader:
         logits = self.session.run(ids, logits_to_keep=1)[:, 0]
         for layer, positions in self.session.kept_positions().items():
             self.kept.setdefault(layer, []).append(_as_mask(positions, length))
-        return torch.log_softmax(logits.float(), dim=-1)
+        return torch.log_softmax(logits.double(), dim=-1)
 
     def judge(self, mine: Tensor, original: Tensor, following: Tensor | None) -> None:
         self.kl.append((original.exp() * (original - mine)).sum(-1).clamp_min(0))

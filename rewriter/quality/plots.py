@@ -91,4 +91,4 @@ def _series(result: Result) -> str:
 
 
 def _kib(result: Result) -> float:
-    return max(result.state_bytes.values()) / 1024
+    return max((*result.state_bytes.values(), *result.task_bytes.values())) / 1024

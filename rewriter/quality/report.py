@@ -58,7 +58,8 @@ class Result:
 
     Attributes:
         label: its passes. control: name of the control it is, or "". density: what was asked for.
-        state_bytes: of one row, by source or task. fidelity: by source. accuracy: by task, then mode.
+        state_bytes: of one row, by source. task_bytes: the same, by task.
+        fidelity: by source. accuracy: by task, then mode.
         undone: rewrites that verification left out.
     """
 
@@ -67,6 +68,7 @@ class Result:
     control: str
     density: float | None
     state_bytes: dict[str, int] = field(default_factory=dict)
+    task_bytes: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     accuracy: dict[str, dict[str, Accuracy]] = field(default_factory=dict)
     undone: tuple[str, ...] = ()

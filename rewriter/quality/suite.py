@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 from rewriter.errors import ConfigError
 from rewriter.optimized import OptimizedModel
 from rewriter.quality.accuracy import MODES, draw_samples, grade
 from rewriter.quality.agreement import common_prefixes, greedy_continuations
 from rewriter.quality.bootstrap import mean_interval
-from rewriter.quality.encoding import Encoding, TokenSample, size_for_length
+from rewriter.quality.encoding import Encoding, TokenSample
 from rewriter.quality.fidelity import compare
 from rewriter.quality.report import Accuracy, Result
 from rewriter.quality.retained_mass import RetainedMass, retained_mass
@@ -32,7 +31,7 @@ class Settings:
 
     Attributes:
         tasks: names, for accuracy and, with a context, for fidelity. texts: files, or "sentences".
-        length: tokens of a row, and of a context with its question and answer.
+        length: tokens of a row, and of a context with its questions and answers.
         rows: of a text, for each seed. samples: contexts of a task, for each seed. questions: of each.
         modes: see `rewriter.quality.accuracy`. seeds: what is drawn is drawn anew for each.
         written: tokens of free-running text, at most half of a row.
@@ -44,7 +43,7 @@ class Settings:
 
     tasks: tuple[str, ...] = ("retrieval", "arithmetic")
     texts: tuple[str | Path, ...] = ()
-    length: int = 512
+    length: int = 1024
     rows: int = 2
     samples: int = 8
     questions: int = 4
@@ -102,20 +101,8 @@ class Suite:
     def _drawn(self, task: str) -> dict[int, list[TokenSample]]:
         chosen = self.settings
         self.encoding.check(TASKS[task])
-        size = size_for_length(TASKS[task], self.encoding, self._context(task), 1)
-        return {
-            seed: draw_samples(task, self.encoding, size, chosen.samples, chosen.questions, seed)
-            for seed in chosen.seeds
-        }
-
-    def _context(self, task: str) -> int:
-        """Tokens of a context with one turn: in turns, all of them have to fit the length."""
-        if "multi-turn" not in self.settings.modes:
-            return self.settings.length
-        sample = TASKS[task].sample(Random(0), TASKS[task].smallest, 1, held_out=True)
-        encoded = self.encoding.encode(sample)
-        turn = len(encoded.questions[0]) + len(encoded.answers[0])
-        return max(self.settings.length - turn * (self.settings.questions - 1), encoded.length)
+        shape = (chosen.length, chosen.samples, chosen.questions)
+        return {seed: draw_samples(task, self.encoding, *shape, seed) for seed in chosen.seeds}
 
     def run(
         self, variants: Sequence[Variant], against: int, on_progress: OnProgress
@@ -167,14 +154,14 @@ class Suite:
         against: int,
         on_progress: OnProgress,
     ) -> None:
-        grades = []
-        for index, variant in enumerate(variants):
-            grades.append(
-                {
-                    seed: grade(variant.model, self.encoding, drawn, mode)
-                    for seed, drawn in samples.items()
-                }
-            )
+        grades: list[dict[int, list[list[float]]]] = []
+        for index, (variant, result) in enumerate(zip(variants, results, strict=True)):
+            graded = {
+                seed: grade(variant.model, self.encoding, drawn, mode)
+                for seed, drawn in samples.items()
+            }
+            grades.append({seed: rows for seed, (rows, _) in graded.items()})
+            result.task_bytes[task] = max(size for _, size in graded.values())
             on_progress(f"answering {task}, {mode}", (index + 1) / len(variants))
         base = _pooled(grades[against])
         for mine, result in zip(grades, results, strict=True):

@@ -28,7 +28,7 @@ def summary(
     Args:
         original: the original's own trace of the same rows. common_prefix: tokens, for each row.
     """
-    kl = trace.kl.double()
+    kl = trace.kl
     seeds = {seed: [i for i, s in enumerate(source.seeds) if s == seed] for seed in source.seeds}
     return Fidelity(
         kl_mean=float(kl.mean()),
@@ -73,4 +73,4 @@ def _by_distance(trace: Trace) -> dict[str, tuple[float, float]]:
 
 
 def _means(kl: Tensor, agrees: Tensor) -> tuple[float, float]:
-    return float(kl.double().mean()), float(agrees.double().mean())
+    return float(kl.mean()), float(agrees.double().mean())
