@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from rewriter.cli.console import out
 from rewriter.errors import ConfigError, ModelError
 from rewriter.quality.bootstrap import Interval
-from rewriter.quality.report import QualityReport, Result
+from rewriter.quality.report import Accuracy, QualityReport, Result
 from rewriter.report.files import write_file
 
 __all__ = [
@@ -114,49 +114,62 @@ def _names(results: list[Result]) -> list[str]:
 
 
 def _fidelity_table(source: str, results: list[Result]) -> Table:
-    headings = ("KL", "KL p99", "agree", "ppl", "prefix", "mass", "oracle")
+    headings = ("KL", "KL p99", "agree %", "perplexity", "prefix", "mass/best")
     table = _table(f"{source}: distance from the original, token by token", headings)
     for name, result in zip(_names(results), results, strict=True):
         f = result.fidelity[source]
-        mass = ("", "") if f.mass is None else (f"{f.mass.variant:.3f}", f"{f.mass.oracle:.3f}")
         table.add_row(
             name,
-            _bytes(result.state_bytes[source]),
+            _kib(result.state_bytes[source]),
             f"{f.kl_mean:.1e}",
             f"{f.kl_p99:.1e}",
-            f"{100 * f.agreement:.1f} %",
+            f"{100 * f.agreement:.1f}",
             f"{f.perplexity:.4g}",
             f"{f.common_prefix:.0f}",
-            *mass,
+            "" if f.mass is None else f"{f.mass.variant:.2f}/{f.mass.oracle:.2f}",
         )
     return table
 
 
 def _accuracy_table(task: str, results: list[Result]) -> Table:
     modes = results[0].accuracy[task]
-    headings = [heading for mode in modes for heading in (mode, f"against {results[0].label}")]
-    table = _table(f"{task}: right answers, with 95 % intervals", headings)
+    headings = [heading for mode in modes for heading in (f"{mode} %", "difference")]
+    seen = any(a.by_evidence for a in modes.values())
+    headings += ["kept", "dropped"] if seen else []
+    table = _table(f"{task}: right answers, and the difference to {results[0].label}", headings)
     for name, result in zip(_names(results), results, strict=True):
-        cells: list[str] = []
-        for accuracy in result.accuracy[task].values():
-            cells.append(_percent(accuracy.score, ".0f"))
-            cells.append(_percent(accuracy.difference, "+.0f"))
-        table.add_row(name, _bytes(result.task_bytes[task]), *cells)
+        found = result.accuracy[task].values()
+        cells = [text for a in found for text in (_score(a.score), _difference(a.difference))]
+        cells += [_evidence(found, "kept"), _evidence(found, "dropped")] if seen else []
+        table.add_row(name, _kib(result.task_bytes[task]), *cells)
+    if seen:
+        table.caption = "kept, dropped: where the cache held, or no longer held, what was asked for"
     return table
 
 
-def _percent(interval: Interval, form: str) -> str:
-    mean, low, high = (f"{100 * v:{form}}" for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} ({low} to {high})"
+def _score(interval: Interval) -> str:
+    return f"{100 * interval.mean:.0f}"
+
+
+def _difference(interval: Interval) -> str:
+    mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
+    return f"{mean:+.0f} ({low:+.0f}…{high:+.0f})"
+
+
+def _evidence(accuracies: Iterable[Accuracy], name: str) -> str:
+    """Right answers of all modes where the evidence was kept or dropped."""
+    cells = [a.by_evidence[name] for a in accuracies if name in a.by_evidence]
+    count = sum(number for _, number in cells)
+    return f"{100 * sum(mean * n for mean, n in cells) / count:.0f} %" if count else "-"
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("state", *headings):
+    for heading in ("KiB", *headings):
         table.add_column(heading, justify="right")
     return table
 
 
-def _bytes(size: int) -> str:
-    return f"{size / 1024:.0f} KiB"
+def _kib(size: int) -> str:
+    return f"{size / 1024:.0f}"

@@ -9,17 +9,36 @@ Source of the modes: https://arxiv.org/abs/2412.10319
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from random import Random
 
+import torch
+
+from rewriter.decoding.state import Session
 from rewriter.optimized import OptimizedModel
 from rewriter.quality.decode import continue_greedily, feed
 from rewriter.quality.encoding import SLACK, Encoding, TokenSample, size_for_length
 from rewriter.quality.tasks import END, TASKS, final_answer
 
-__all__ = ["MODES", "draw_samples", "grade"]
+__all__ = ["MODES", "Grades", "draw_samples", "grade"]
 
 MODES = ("multi-request", "multi-turn")
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What became of the questions, [samples][questions].
+
+    Attributes:
+        right: 1 or 0. held: share of layers and heads that still held all that the answer needs of the
+            context when it was asked; None where that is not known.
+        state_bytes: of one row, at the end.
+    """
+
+    right: list[list[float]]
+    held: list[list[float | None]]
+    state_bytes: int
 
 
 def draw_samples(
@@ -41,18 +60,16 @@ def draw_samples(
 
 def grade(
     model: OptimizedModel, encoding: Encoding, samples: Sequence[TokenSample], mode: str
-) -> tuple[list[list[float]], int]:
+) -> Grades:
     """Ask every question; only what a reply ends with is graded.
 
     Args:
         samples: with the same number of questions; they are the rows of one session.
         mode: one of `MODES`.
-
-    Returns:
-        1 or 0 for each question of each sample, and the bytes of state of one row at the end.
     """
     ends = _ends(encoding)
-    grades: list[list[float]] = [[] for _ in samples]
+    right: list[list[float]] = [[] for _ in samples]
+    held: list[list[float | None]] = [[] for _ in samples]
     asked = session = model.session(len(samples))
     feed(session, [sample.context for sample in samples])
     for turn in range(len(samples[0].questions)):
@@ -60,15 +77,31 @@ def grade(
         answers = [sample.answers[turn] for sample in samples]
         asked = session.fork()
         limit = max(map(len, answers)) + SLACK
-        replies = continue_greedily(asked, feed(asked, questions), limit, ends)
+        logits = feed(asked, questions)
+        for row, share in enumerate(_held(asked, [sample.evidence[turn] for sample in samples])):
+            held[row].append(share)
+        replies = continue_greedily(asked, logits, limit, ends)
         for row, reply in enumerate(replies):
-            right = samples[row].sample.questions[turn].final
+            expected = samples[row].sample.questions[turn].final
             text = encoding.text(reply[: len(answers[row]) + SLACK])
-            grades[row].append(float(final_answer(text) == right))
+            right[row].append(float(final_answer(text) == expected))
         if mode == "multi-turn":
             turns = zip(questions, answers, strict=True)
             feed(session, [question + answer for question, answer in turns])
-    return grades, asked.state_bytes() // len(samples)
+    return Grades(right, held, asked.state_bytes() // len(samples))
+
+
+def _held(session: Session, evidence: Sequence[list[int]]) -> list[float | None]:
+    """For each row, the share of layers and heads that still hold all of its positions."""
+    caches = session.kept_positions().values()
+    shares: list[float | None] = []
+    for row, positions in enumerate(evidence):
+        heads = [cache[row].reshape(-1, cache.shape[-1]) for cache in caches]
+        wanted = torch.tensor(positions).view(-1, 1, 1)
+        whole = [(head == wanted).any(-1).all(0).float() for head in heads]
+        share = float(torch.cat(whole).mean()) if whole else 1.0
+        shares.append(share if positions else None)
+    return shares
 
 
 def _ends(encoding: Encoding) -> Callable[[int], bool]:

@@ -26,12 +26,14 @@ class TokenSample:
 
     Attributes:
         sample: what was encoded. context: at least one token. questions, answers: aligned.
+        evidence: for each question, the positions of what its answer needs of the context.
     """
 
     sample: Sample
     context: list[int]
     questions: list[list[int]]
     answers: list[list[int]]
+    evidence: list[list[int]]
 
     @property
     def length(self) -> int:
@@ -76,7 +78,28 @@ class Encoding:
         answers = [self.ids(f" {q.answer}{END}") for q in sample.questions]
         if not context:  # a tokenizer without a beginning token, a task without a context
             context, questions = questions[0][:1], [q[1:] for q in questions]
-        return TokenSample(sample, context, questions, answers)
+        evidence = self._evidence(sample)
+        return TokenSample(sample, context, questions, answers, evidence)
+
+    def _evidence(self, sample: Sample) -> list[list[int]]:
+        """Positions in the context, by question; none where the tokenizer does not tell offsets."""
+        if not self.tokenizer.is_fast or not any(q.evidence for q in sample.questions):
+            return [[] for _ in sample.questions]
+        offsets = self.tokenizer(
+            sample.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        found: list[list[int]] = []
+        for question in sample.questions:
+            starts = [(sample.context.index(text), len(text)) for text in question.evidence]
+            spans = [(start, start + length) for start, length in starts]
+            found.append(
+                [
+                    len(self.bos) + i
+                    for i, (a, b) in enumerate(offsets)
+                    if any(a < end and b > start for start, end in spans)
+                ]
+            )
+        return found
 
     def check(self, task: Task) -> None:
         """Raises ModelError where the tokenizer does not know the words of a task."""

@@ -45,11 +45,15 @@ class Accuracy:
     Attributes:
         score: over all samples. difference: to the variant it is compared with, paired by sample.
         by_seed: score of each seed's samples.
+        by_evidence: score, and number of questions, by whether the cache still held what the answer
+            needs of the context when it was asked: "kept", "partly" (by some layers or heads) or
+            "dropped"; empty where a task has no such thing.
     """
 
     score: Interval
     difference: Interval
     by_seed: dict[str, float]
+    by_evidence: dict[str, tuple[float, int]]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rewriter.errors import ConfigError
 from rewriter.optimized import OptimizedModel
-from rewriter.quality.accuracy import MODES, draw_samples, grade
+from rewriter.quality.accuracy import MODES, Grades, draw_samples, grade
 from rewriter.quality.agreement import common_prefixes, greedy_continuations
 from rewriter.quality.bootstrap import mean_interval
 from rewriter.quality.encoding import Encoding, TokenSample
@@ -21,6 +21,9 @@ from rewriter.quality.tasks import TASKS
 from rewriter.quality.variants import Variant
 
 __all__ = ["Settings", "Suite"]
+
+HELD = {0.0: "dropped", 1.0: "kept"}
+"""Names of the shares of layers that hold something; anything between is "partly"."""
 
 OnProgress = Callable[[str, float], None]
 
@@ -154,26 +157,37 @@ class Suite:
         against: int,
         on_progress: OnProgress,
     ) -> None:
-        grades: list[dict[int, list[list[float]]]] = []
+        grades: list[dict[int, Grades]] = []
         for index, (variant, result) in enumerate(zip(variants, results, strict=True)):
             graded = {
                 seed: grade(variant.model, self.encoding, drawn, mode)
                 for seed, drawn in samples.items()
             }
-            grades.append({seed: rows for seed, (rows, _) in graded.items()})
-            result.task_bytes[task] = max(size for _, size in graded.values())
+            grades.append(graded)
+            result.task_bytes[task] = max(g.state_bytes for g in graded.values())
             on_progress(f"answering {task}, {mode}", (index + 1) / len(variants))
         base = _pooled(grades[against])
         for mine, result in zip(grades, results, strict=True):
             pooled = _pooled(mine)
             pairs = zip(pooled, base, strict=True)
             differences = [[a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
-            by_seed = {str(seed): mean_interval(rows).mean for seed, rows in mine.items()}
+            by_seed = {str(seed): mean_interval(g.right).mean for seed, g in mine.items()}
             result.accuracy.setdefault(task, {})[mode] = Accuracy(
-                mean_interval(pooled), mean_interval(differences), by_seed
+                mean_interval(pooled), mean_interval(differences), by_seed, _by_evidence(mine)
             )
 
 
-def _pooled(grades: dict[int, list[list[float]]]) -> list[list[float]]:
+def _pooled(grades: dict[int, Grades]) -> list[list[float]]:
     """The samples of every seed."""
-    return [sample for samples in grades.values() for sample in samples]
+    return [sample for graded in grades.values() for sample in graded.right]
+
+
+def _by_evidence(grades: dict[int, Grades]) -> dict[str, tuple[float, int]]:
+    """Score and number of questions, by how much the cache held of what the answer needs."""
+    found: dict[str, list[float]] = {}
+    rows = [row for g in grades.values() for row in zip(g.held, g.right, strict=True)]
+    for held, right in rows:
+        for share, score in zip(held, right, strict=True):
+            if share is not None:
+                found.setdefault(HELD.get(share, "partly"), []).append(score)
+    return {name: (sum(scores) / len(scores), len(scores)) for name, scores in found.items()}

@@ -44,7 +44,7 @@ class Variant:
 def plans(
     methods: Sequence[RewritePass], densities: Sequence[float], length: int, *, controls: bool
 ) -> list[Plan]:
-    """The methods at each density, each followed by its controls.
+    """The methods at each density, each followed by its controls; at 1 nothing is dropped.
 
     Args:
         methods: applied together; passes that keep the function may be among them.
@@ -58,7 +58,7 @@ def plans(
         settings = [_at(method, density, length) for method in methods]
         plan = Plan(tuple(map(str, settings)), density)
         found.setdefault(plan.specs, plan)
-        for control in _controls(settings, density) if controls else ():
+        for control in _controls(settings, density) if controls and density != 1 else ():
             found.setdefault(control.specs, control)
     return list(found.values())
 

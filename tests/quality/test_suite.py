@@ -38,17 +38,13 @@ def test_every_method_stands_beside_its_controls(report):
         "random-entries{num_random=18,recent_window=6} (random)",
         "streaming-llm{num_sink_tokens=0,recent_window=24} (recent-only)",
         "streaming-llm{num_sink_tokens=2,recent_window=94}",
-        "random-entries{num_random=72,recent_window=24} (random)",
-        "streaming-llm{num_sink_tokens=0,recent_window=96} (recent-only)",
     ]
     assert not any(r.undone for r in report.results)
 
 
 def test_controls_take_the_bytes_of_the_method(report):
     for source in ("sentences", "retrieval"):
-        for start in (1, 4):
-            sizes = {r.state_bytes[source] for r in report.results[start : start + 3]}
-            assert len(sizes) == 1
+        assert len({r.state_bytes[source] for r in report.results[1:4]}) == 1
 
 
 def test_the_original_is_at_no_distance_from_itself(report):
@@ -115,8 +111,8 @@ def test_samples_together_are_graded_like_samples_alone(optimized, tokenizer):
     encoding = Encoding(tokenizer, len(tokenizer))
     samples = draw_samples("people", encoding, 64, 4, 2, seed=0)
     for mode in ("multi-request", "multi-turn"):
-        together, _ = grade(optimized(), encoding, samples, mode)
-        alone = [grade(optimized(), encoding, [sample], mode)[0][0] for sample in samples]
+        together = grade(optimized(), encoding, samples, mode).right
+        alone = [grade(optimized(), encoding, [sample], mode).right[0] for sample in samples]
         assert together == alone
 
 
@@ -130,8 +126,37 @@ def test_right_replies_are_graded_as_right(optimized, tokenizer, monkeypatch):
         return [rows[0], rows[1][:-3], rows[2]]  # the second breaks off
 
     monkeypatch.setattr("rewriter.quality.accuracy.continue_greedily", replies)
-    grades, _ = grade(optimized(), encoding, samples, "multi-request")
-    assert grades == [[1, 1], [0, 0], [1, 1]]
+    grades = grade(optimized(), encoding, samples, "multi-request")
+    assert grades.right == [[1, 1], [0, 0], [1, 1]]
+    assert grades.held == [[None, None]] * 3
+
+
+@pytest.mark.parametrize("name", ["retrieval", "tracking", "affixes"])
+def test_evidence_is_where_the_context_says_what_is_asked_for(tokenizer, name):
+    encoding = Encoding(tokenizer, len(tokenizer))
+    for sample in draw_samples(name, encoding, 300, 4, 3, seed=0):
+        for question, positions in zip(sample.sample.questions, sample.evidence, strict=True):
+            told = [sample.context[position] for position in positions]
+            parts = [encoding.ids(text) for text in question.evidence]
+            assert sorted(told) == sorted(token for part in parts for token in part)
+            assert encoding.ids(question.final)[0] in told
+
+
+def test_what_a_cache_dropped_is_told_apart_from_what_it_kept(optimized, tokenizer):
+    encoding = Encoding(tokenizer, len(tokenizer))
+    samples = draw_samples("retrieval", encoding, 120, 3, 4, seed=1)
+    passes = "streaming-llm{num_sink_tokens=2,recent_window=40}"
+    grades = grade(optimized(passes), encoding, samples, "multi-request")
+    for sample, shares in zip(samples, grades.held, strict=True):
+        turns = zip(sample.questions, sample.evidence, shares, strict=True)
+        for question, positions, share in turns:
+            length = len(sample.context) + len(question)
+            kept = all(p < 2 or length - p <= 40 for p in positions)
+            assert share == float(kept)
+    found = {share for shares in grades.held for share in shares}
+    assert found == {0.0, 1.0}
+    dense = grade(optimized(), encoding, samples, "multi-request")
+    assert {share for shares in dense.held for share in shares} == {1.0}
 
 
 @pytest.mark.parametrize("name", TASKS)

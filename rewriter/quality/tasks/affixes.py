@@ -25,7 +25,7 @@ class Affixes(Task):
         ends = _distinct_pairs(rng, first, last, size)
         strings = [(p, rng.choice(WORDS), rng.choice(WORDS), s) for p, s in ends]
         asked = rng.sample(strings, min(num_questions, len(strings)))
-        questions = (Question(f"? {p} {s}", f"{a} {b}") for p, a, b, s in asked)
+        questions = (Question(f"? {s[0]} {s[3]}", f"{s[1]} {s[2]}", (" ".join(s),)) for s in asked)
         return Sample(f"({', '.join(map(' '.join, strings))})", tuple(questions))
 
 

@@ -23,4 +23,5 @@ class Retrieval(Task):
         pairs = [(key, rng.choice(WORDS)) for key in keys]
         asked = rng.sample(pairs, min(num_questions, len(pairs)))
         text = ", ".join(f"{key} {value}" for key, value in pairs)
-        return Sample(f"{{{text}}}", tuple(Question(f"? {k}", v) for k, v in asked))
+        questions = (Question(f"? {k}", v, (f"{k} {v}",)) for k, v in asked)
+        return Sample(f"{{{text}}}", tuple(questions))

@@ -25,10 +25,12 @@ class Question:
     Attributes:
         prompt: what is asked. answer: what a right reply says; its steps are separated by ";", and
             what follows the last one is graded. END is not part of it.
+        evidence: the parts of the context, each unique in it, that the answer needs.
     """
 
     prompt: str
     answer: str
+    evidence: tuple[str, ...] = ()
 
     @property
     def final(self) -> str:

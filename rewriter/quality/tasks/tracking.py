@@ -24,11 +24,17 @@ class Tracking(Task):
     def draw(self, rng: Random, size: int, num_questions: int) -> Sample:
         """Chains whose statements are mixed with those of the others; each ends in a number."""
         chains = _chains(rng, rng.sample(WORDS, min(size, len(WORDS))))
-        lines = [f"{a} = {b}" for chain in chains for a, b in pairwise(chain)]
+        lines = [line for chain in chains for line in _lines(chain)]
         rng.shuffle(lines)
         asked = rng.sample(chains, min(num_questions, len(chains)))
-        questions = (Question(f"? {c[0]}", f"= {' = '.join(c[1:])}; {c[-1]}") for c in asked)
+        questions = (
+            Question(f"? {c[0]}", f"= {' = '.join(c[1:])}; {c[-1]}", _lines(c)) for c in asked
+        )
         return Sample(f"[{', '.join(lines)}]", tuple(questions))
+
+
+def _lines(chain: list[str]) -> tuple[str, ...]:
+    return tuple(f"{a} = {b}" for a, b in pairwise(chain))
 
 
 def _chains(rng: Random, names: list[str]) -> list[list[str]]:
