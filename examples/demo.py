@@ -1,21 +1,21 @@
 """A trained language model, optimised, checked, and put to work: `make demo`.
 
-The model (`examples/models/trial_reasoner`, 1.7M parameters) does sums in steps. It is optimised
-twice: with the default passes, which keep its function, and with `streaming-llm`, which bounds its
-memory. Then it answers problems, alone and in one conversation longer than its 2,048 positions.
+The model (`examples/models/reasoner`, 2.3M parameters) calculates in steps and looks things up. It is
+optimised with the default passes, which keep its function, and with `streaming-llm`, which forgets: the
+same questions show what that costs, the quality suite measures it, and a conversation longer than the
+model's positions shows what it is good for.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,29 +29,26 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewriter import OptimizedModel, Report, optimize
+from rewriter.cli.quality import show, write
+from rewriter.quality.measure import measure_quality
+from rewriter.quality.suite import Settings
+from rewriter.quality.tasks import TASKS, Question, final_answer
 
-MODEL = Path(__file__).parent / "models" / "trial_reasoner"
+MODEL = Path(__file__).parent / "models" / "reasoner"
 OUT = Path(__file__).parents[1] / "out"
 STREAMING = "streaming-llm{num_sink_tokens=4,recent_window=252}"
-CONVERSATION = 3000
-"""Tokens of the long conversation; the model was built for 2,048 positions."""
+PAIRS = 200
+"""Of the context in which something is looked up; a pair takes three tokens."""
+MAX_REPLY = 128
+"""Tokens."""
+CONVERSATION = 5000
+"""Tokens of the long conversation; the model has 4,096 positions."""
+TRADE = Settings(tasks=("retrieval",), length=640, rows=1, samples=6, seeds=(0, 1))
 console = Console(highlight=False)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A sum in words, and its answer."""
-
-    text: str
-    answer: int
-
-    def solved_by(self, reply: str) -> bool:
-        """Whether a reply ends with the answer."""
-        return reply.strip().endswith(f"{_spelled(self.answer)} .")
-
-
 def main() -> None:
-    """The three acts."""
+    """The four acts."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     OUT.mkdir(exist_ok=True)
@@ -62,6 +59,10 @@ def main() -> None:
         optimized = _optimize("1  the default passes: the same function", model, "default")
         _compare(model, optimized, tokenizer)
         streaming = _optimize("2  streaming-llm: bounded memory", model, [STREAMING])
+        _look_up(optimized, streaming, tokenizer)
+        console.rule("[bold]3  what forgetting costs, and what it saves", align="left")
+        _measure(model, tokenizer)
+        console.rule("[bold]4  a conversation beyond the model's positions", align="left")
         _converse(optimized, streaming, tokenizer)
     _farewell()
 
@@ -114,12 +115,12 @@ def _compare(model: Any, optimized: OptimizedModel, tokenizer: Any) -> None:
     table = Table("problem", "answer", "original", "optimised", "tokens")
     speeds: list[tuple[float, float]] = []
     for problem in _problems(4):
-        prompt = tokenizer(problem.text, return_tensors="pt").input_ids
+        prompt = torch.tensor([_ids(tokenizer, problem.prompt, begin=True)])
         (theirs, slow), (ours, quick) = _quickest((model, optimized), prompt)
         speeds.append((slow, quick))
         same = "[green]equal" if torch.equal(theirs, ours) else "[red]DIFFER"
         reply = tokenizer.decode(ours[0, prompt.shape[1] :], skip_special_tokens=True)
-        table.add_row(problem.text, reply, f"{slow:.0f}/s", f"{quick:.0f}/s", same)
+        table.add_row(problem.prompt, reply.strip(), f"{slow:.0f}/s", f"{quick:.0f}/s", same)
     console.print(table)
     slow, quick = (sum(column) / len(speeds) for column in zip(*speeds, strict=True))
     console.print(f"tokens a second: {slow:.0f} → [bold]{quick:.0f}[/bold], {quick / slow:.2f}×\n")
@@ -135,18 +136,55 @@ def _answer(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Greedy tokens, and how many of them a second."""
     start = time.perf_counter()
     mask = torch.ones_like(prompt)
-    ids = model.generate(prompt, attention_mask=mask, max_new_tokens=64, do_sample=False)
+    ids = model.generate(prompt, attention_mask=mask, max_new_tokens=MAX_REPLY, do_sample=False)
     return ids, (ids.shape[1] - prompt.shape[1]) / (time.perf_counter() - start)
+
+
+def _look_up(dense: OptimizedModel, streaming: OptimizedModel, tokenizer: Any) -> None:
+    """Values from the beginning, the middle and the end of one context, dense and approximate."""
+    sample = TASKS["retrieval"].sample(Random(1), PAIRS, PAIRS, held_out=True)
+    questions = sorted(sample.questions, key=lambda q: sample.context.index(q.evidence[0]))
+    context = _ids(tokenizer, sample.context, begin=True)
+    console.print(f"a context of {PAIRS} pairs of words, {len(context)} tokens; 256 stay")
+    table = Table("question", "pair", "right", "dense", "streaming-llm")
+    sessions = [model.session(1) for model in (dense, streaming)]
+    for session in sessions:
+        session.run(torch.tensor([context]), logits_to_keep=1)
+    for index in (5, PAIRS // 2, PAIRS - 20, PAIRS - 5):
+        question, replies = questions[index], []
+        for session in sessions:
+            reply, _ = _ask(session.fork(), tokenizer, question.prompt)
+            right = final_answer(reply) == question.final
+            replies.append(f"[{'green' if right else 'red'}]{reply.strip()}")
+        table.add_row(question.prompt, f"{index} of {PAIRS}", question.final, *replies)
+    console.print(table)
+
+
+def _measure(model: Any, tokenizer: Any) -> None:
+    """The quality suite on retrieval, at a quarter, a half and all of the memory."""
+    with console.status("") as status:
+        report = measure_quality(
+            model,
+            tokenizer,
+            passes=["streaming-llm"],
+            densities=(0.25, 0.5, 1.0),
+            settings=TRADE,
+            name="reasoner",
+            on_stage=lambda stage, *_: status.update(f"[dim]{stage} …"),
+        )
+    show(report)
+    write(report, None, OUT / "quality.png")
 
 
 def _converse(dense: OptimizedModel, streaming: OptimizedModel, tokenizer: Any) -> None:
     """Problem after problem in one session, its state never growing."""
     session = streaming.session(1)
+    session.run(torch.tensor([[tokenizer.bos_token_id]]))
     before, tokens, solved = session.state_bytes(), 0, 0
     with Live(console=console, refresh_per_second=4) as live:
         for asked, problem in enumerate(_problems(), start=1):
-            reply, fed = _ask(session, tokenizer, problem.text)
-            tokens, solved = tokens + fed, solved + problem.solved_by(reply)
+            reply, fed = _ask(session, tokenizer, problem.prompt)
+            tokens, solved = tokens + fed, solved + (final_answer(reply) == problem.final)
             live.update(_progress(tokens, solved, asked, problem, reply, session))
             if tokens >= CONVERSATION:
                 break
@@ -160,26 +198,32 @@ def _converse(dense: OptimizedModel, streaming: OptimizedModel, tokenizer: Any) 
     )
 
 
+def _ids(tokenizer: Any, text: str, *, begin: bool = False) -> list[int]:
+    """Tokens of a text, after the beginning token if asked for."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id, *ids] if begin else ids
+
+
 def _ask(session: Any, tokenizer: Any, text: str) -> tuple[str, int]:
     """The reply to one problem, and how many tokens the session was fed."""
-    logits = session.run(tokenizer(text, return_tensors="pt").input_ids, logits_to_keep=1)
-    first, reply = session.entries, []
-    while len(reply) < 64:
+    prompt = _ids(tokenizer, text)
+    logits = session.run(torch.tensor([prompt]), logits_to_keep=1)
+    reply: list[int] = []
+    while len(reply) < MAX_REPLY:
         token = logits[:, -1:].argmax(-1)
         logits = session.run(token, logits_to_keep=1)
         if token.item() == tokenizer.eos_token_id:
             break
-        reply.append(token.item())
-    fed = session.entries - first + len(tokenizer(text).input_ids)
-    return tokenizer.decode(reply), fed
+        reply.append(int(token))
+    return tokenizer.decode(reply), len(prompt) + len(reply) + 1
 
 
 def _progress(
-    tokens: int, solved: int, asked: int, problem: Problem, reply: str, session: Any
+    tokens: int, solved: int, asked: int, problem: Question, reply: str, session: Any
 ) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("[dim]problem", problem.text)
-    table.add_row("[dim]reply", reply)
+    table.add_row("[dim]problem", problem.prompt)
+    table.add_row("[dim]reply", reply.strip())
     table.add_row("[dim]so far", f"[bold]{solved} of {asked}[/bold] solved in {tokens:,} tokens")
     table.add_row("[dim]state", f"{session.state_bytes():,} bytes")
     return table
@@ -199,26 +243,19 @@ def _dense_bytes(optimized: OptimizedModel, tokens: int) -> int:
     return total
 
 
-def _problems(count: int | None = None) -> Iterator[Problem]:
-    """Sums in words, always the same ones; endless by default."""
-    chance = random.Random(1)
-    produced = 0
+def _problems(count: int | None = None) -> Iterator[Question]:
+    """Sums in words that were never trained on, always the same ones; endless by default."""
+    rng, produced = Random(1), 0
     while count is None or produced < count:
-        has, gets, loses = chance.randint(10, 40), chance.randint(10, 40), chance.randint(2, 9)
-        text = f"tom has {_spelled(has)} apples . gets {_spelled(gets)} more . "
-        yield Problem(f"{text}loses {loses} . how many ?", has + gets - loses)
+        yield TASKS["arithmetic"].sample(rng, 0, 1, held_out=True).questions[0]
         produced += 1
-
-
-def _spelled(number: int) -> str:
-    """Digit by digit, as the model reads numbers."""
-    return " ".join(str(number))
 
 
 def _farewell() -> None:
     console.rule("[bold]what to look at", align="left")
     pages = sorted(os.path.relpath(page) for page in OUT.glob("*.html"))
     console.print(f"every rewrite, before and after: {', '.join(pages)}", markup=False)
+    console.print(f"quality against bytes: {os.path.relpath(OUT / 'quality.png')}", markup=False)
     console.print("what matches in your model: .venv/bin/rewriter explain MODEL", markup=False)
 
 

@@ -9,10 +9,12 @@ with bf16 matrix products.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from evaluate import table
@@ -119,10 +121,22 @@ def train(
         after_step(step + 1, length, loss.item())
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """In fp32, as a Hugging Face directory."""
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    training: dict[str, Any],
+) -> None:
+    """In fp32, as a Hugging Face directory, with what its card says of the training."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    (directory / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+
+
+def machine() -> str:
+    """Threads and instructions, in words."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} CPU threads ({capability}), torch {torch.__version__}"
 
 
 def main() -> None:
@@ -150,7 +164,16 @@ def main() -> None:
             scores = table(model.eval(), tokenizer, samples=40)
             print(" ".join(f"{name}: {score:.0%}" for name, score in scores.items()), flush=True)
             model.train()
-            save(model, tokenizer, arguments.output)
+            training = {
+                "seed": arguments.seed,
+                "steps": step,
+                "tokens": step * TOKENS_PER_STEP,
+                "bf16": arguments.bf16,
+                "minutes": (time.perf_counter() - started) / 60,
+                "machine": machine(),
+                "note": f"Went on from {arguments.start.name}." if arguments.start else "",
+            }
+            save(model, tokenizer, arguments.output, training)
 
     train(
         model,

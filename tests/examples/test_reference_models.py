@@ -1,0 +1,105 @@
+"""The scripts that train and measure the reference models, and the model that is shipped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rewriter.quality.encoding import Encoding
+from rewriter.quality.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "reference_models"
+REASONER = ROOT / "examples" / "models" / "reasoner"
+NAMES = ("train", "evaluate", "sequences", "tokenizer", "muon", "sparse_mlp")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules by name; they stand beside each other, so their folder is on the path."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield {name: __import__(name) for name in NAMES}
+    sys.path.remove(str(SCRIPTS))
+    for name in NAMES:
+        sys.modules.pop(name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(scripts):
+    return scripts["tokenizer"].build_tokenizer(512)
+
+
+@pytest.fixture(scope="module")
+def reasoner():
+    model = AutoModelForCausalLM.from_pretrained(REASONER, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(REASONER)
+
+
+def test_the_tokenizer_knows_every_word_of_every_task(tokenizer):
+    encoding = Encoding(tokenizer, len(tokenizer))
+    for task in TASKS.values():
+        encoding.check(task)
+    text = "ada abel has 14 apples. gets 3 bags of 8. how many?"
+    assert tokenizer.decode(encoding.ids(text)).split() == (
+        "ada abel has 1 4 apples . gets 3 bags of 8 . how many ?".split()
+    )
+
+
+@pytest.mark.parametrize("length", [64, 600])
+def test_rows_begin_with_a_beginning_and_teach_only_answers(scripts, tokenizer, length):
+    ids, labels = scripts["sequences"].Sequences(tokenizer, 0).batch(8, length, 0.5)
+    assert ids.shape == labels.shape == (8, length)
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    learned = labels >= 0
+    assert (labels[:, :-1] == ids[:, 1:])[learned[:, :-1]].all()
+    assert 0.05 < learned.mean() < 0.95
+    questions = ids == tokenizer.convert_tokens_to_ids("?")
+    assert not learned[:, :-1][questions[:, 1:]].any()  # no question mark is to be predicted
+
+
+def test_the_same_seed_trains_the_same_model(scripts, tokenizer):
+    train = scripts["train"]
+
+    def trained():
+        torch.manual_seed(0)
+        specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        model, losses = train.new_model(len(tokenizer), *specials), []
+        options = {"steps": 3, "seed": 0, "bf16": False}
+        with torch.enable_grad():
+            train.train(model, tokenizer, **options, after_step=lambda *a: losses.append(a[2]))
+        return model, losses
+
+    (first, losses), (second, again) = trained(), trained()
+    assert losses == again and losses[-1] < losses[0]
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 20), (20, 40), (16, 16)])
+def test_muon_steps_are_about_orthogonal(scripts, shape):
+    x = torch.randn(shape, generator=torch.manual_seed(0))
+    values = torch.linalg.svdvals(scripts["muon"].orthogonal(x))
+    assert values.max() < 1.3
+    assert values.mean() > 0.7
+
+
+def test_only_the_most_active_neurons_count(scripts, reasoner):
+    model, keep = reasoner[0], scripts["sparse_mlp"].keep_active_neurons
+    ids = torch.arange(20).view(1, 20)
+    seen = []
+    with torch.no_grad():
+        whole = model(ids).logits
+        with keep(model, 1.0):
+            assert torch.equal(model(ids).logits, whole)
+        with keep(model, 0.25):
+            down = model.model.layers[0].mlp.down_proj
+            hook = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            assert not torch.allclose(model(ids).logits, whole)
+            hook.remove()
+        assert torch.equal(model(ids).logits, whole)
+    active = (seen[0] != 0).sum(-1)
+    assert (active == round(0.25 * model.config.intermediate_size)).all()
