@@ -204,7 +204,10 @@ def quality(
     text: Annotated[
         list[str] | None, typer.Option(help='a text file, or "sentences"; repeat')
     ] = None,
-    length: Annotated[int, typer.Option(help="tokens of a row or context")] = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(help="tokens of a row or context; default: 1024, or all positions"),
+    ] = None,
     rows: Annotated[int, typer.Option(help="rows of a text, for each seed")] = 2,
     samples: Annotated[int, typer.Option(help="contexts of a task, for each seed")] = 8,
     questions: Annotated[int, typer.Option(help="questions about each context")] = 4,

@@ -56,11 +56,9 @@ def measure_quality(
     say = on_stage or (lambda *_: None)
     chosen, methods = settings or Settings(), resolve_passes(passes)
     lossy = [m for m in methods if m.fidelity is PassFidelity.APPROXIMATE]
-    if densities and not any(m.at_density(1.0, length=chosen.length) for m in lossy):
+    if densities and not any(m.at_density(1.0, length=8) for m in lossy):
         raise ConfigError("density", list(densities), "only with a pass that drops something")
-    compared = [] if against is None else resolve_passes(against)
-    found = plans(lossy, densities, chosen.length, controls=controls)
-    base = Plan(tuple(map(str, compared)))
+    base = Plan(tuple(map(str, [] if against is None else resolve_passes(against))))
     say("optimize the original")
     original = optimize(model)
     if original.program.decoding is None:
@@ -68,9 +66,11 @@ def measure_quality(
     suite = Suite(
         chosen, _encoding(tokenizer, model), original, original.program.decoding.max_positions
     )
+    found = plans(lossy, densities, suite.length, controls=controls)
     variants = [_build(model, plan, say) for plan in (base, *(p for p in found if p != base))]
     results = suite.run(variants, 0, say)
-    asked = dataclasses.asdict(chosen) | {"densities": list(densities), "against": base.label}
+    asked = dataclasses.asdict(chosen) | {"length": suite.length, "densities": list(densities)}
+    asked["against"] = base.label
     return QualityReport(name or type(model).__name__, asked, original.report.versions, results)
 
 

@@ -22,6 +22,8 @@ from rewriter.quality.variants import Variant
 
 __all__ = ["Settings", "Suite"]
 
+DEFAULT_LENGTH = 1024
+
 HELD = {0.0: "dropped", 1.0: "kept"}
 """Names of the shares of layers that hold something; anything between is "partly"."""
 
@@ -34,7 +36,8 @@ class Settings:
 
     Attributes:
         tasks: names, for accuracy and, with a context, for fidelity. texts: files, or "sentences".
-        length: tokens of a row, and of a context with its questions and answers.
+        length: tokens of a row, and of a context with its questions and answers; None = 1,024, or the
+            model's positions where there are fewer.
         rows: of a text, for each seed. samples: contexts of a task, for each seed. questions: of each.
         modes: see `rewriter.quality.accuracy`. seeds: what is drawn is drawn anew for each.
         written: tokens of free-running text, at most half of a row.
@@ -46,7 +49,7 @@ class Settings:
 
     tasks: tuple[str, ...] = ("retrieval", "arithmetic")
     texts: tuple[str | Path, ...] = ()
-    length: int = 1024
+    length: int | None = None
     rows: int = 2
     samples: int = 8
     questions: int = 4
@@ -63,10 +66,11 @@ class Settings:
         for mode in self.modes:
             if mode not in MODES:
                 raise ConfigError("modes", mode, f"one of {', '.join(MODES)}")
-        for name in ("length", "rows", "samples", "questions", "written"):
-            if getattr(self, name) < (8 if name == "length" else 1):
-                least = 8 if name == "length" else 1
-                raise ConfigError(name, getattr(self, name), f"an integer of at least {least}")
+        least = {"length": 8, "rows": 1, "samples": 1, "questions": 1, "written": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(name, value, f"an integer of at least {lowest}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("seeds", self.seeds, "one or more different numbers")
 
@@ -88,23 +92,25 @@ class Suite:
     encoding: Encoding
     original: OptimizedModel
     max_positions: int | None
+    length: int = field(init=False)
     sources: list[Source] = field(init=False)
     samples: dict[str, dict[int, list[TokenSample]]] = field(init=False)
 
     def __post_init__(self) -> None:
         chosen, limit = self.settings, self.max_positions
-        if limit is not None and chosen.length > limit:
-            raise ConfigError("length", chosen.length, f"at most the model's {limit} positions")
+        self.length = chosen.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+        if limit is not None and self.length > limit:
+            raise ConfigError("length", self.length, f"at most the model's {limit} positions")
         self.samples = {task: self._drawn(task) for task in chosen.tasks}
         names = (*chosen.texts, *(t for t in chosen.tasks if TASKS[t].smallest > 0))
         self.sources = [
-            read_source(n, self.encoding, chosen.length, chosen.rows, chosen.seeds) for n in names
+            read_source(n, self.encoding, self.length, chosen.rows, chosen.seeds) for n in names
         ]
 
     def _drawn(self, task: str) -> dict[int, list[TokenSample]]:
         chosen = self.settings
         self.encoding.check(TASKS[task])
-        shape = (chosen.length, chosen.samples, chosen.questions)
+        shape = (self.length, chosen.samples, chosen.questions)
         return {seed: draw_samples(task, self.encoding, *shape, seed) for seed in chosen.seeds}
 
     def run(
