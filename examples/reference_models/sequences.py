@@ -17,7 +17,7 @@ PIECES_PER_ENTRY = {"retrieval": 3, "tracking": 4, "affixes": 5}
 PIECES_PER_QUESTION = {"retrieval": 4, "tracking": 14, "affixes": 6}
 """Tokens that an entry of a context, and a question with its answer, take on average."""
 
-CONTEXT_SHARES = {"retrieval": 0.6, "tracking": 0.2, "affixes": 0.2}
+CONTEXT_SHARES = {"retrieval": 0.5, "tracking": 0.2, "affixes": 0.3}
 PROBLEM_SHARES = {
     "arithmetic": 0.26,
     "recalled-arithmetic": 0.2,

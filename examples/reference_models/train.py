@@ -151,8 +151,11 @@ def main() -> None:
     tokenizer = build_tokenizer(MAX_POSITIONS)
     specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model = new_model(len(tokenizer), *specials)
+    before = {"steps": 0, "minutes": 0.0, "note": ""}
     if arguments.start:
         model = LlamaForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
+        before = json.loads((arguments.start / "training.json").read_text())
+        before["note"] = f"It went on from a model of {before['steps']:,} steps. {before['note']}"
 
     started = time.perf_counter()
 
@@ -166,12 +169,12 @@ def main() -> None:
             model.train()
             training = {
                 "seed": arguments.seed,
-                "steps": step,
-                "tokens": step * TOKENS_PER_STEP,
+                "steps": step + before["steps"],
+                "tokens": (step + before["steps"]) * TOKENS_PER_STEP,
                 "bf16": arguments.bf16,
-                "minutes": (time.perf_counter() - started) / 60,
+                "minutes": (time.perf_counter() - started) / 60 + before["minutes"],
                 "machine": machine(),
-                "note": f"Went on from {arguments.start.name}." if arguments.start else "",
+                "note": before["note"],
             }
             save(model, tokenizer, arguments.output, training)
 

@@ -24,8 +24,8 @@ FAILED, INVALID, UNEXPECTED, INTERRUPTED = 1, 2, 3, 130
 WORTH_A_LINE = 2.0
 """Seconds a stage has to take to be mentioned."""
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(emoji=False, highlight=False, soft_wrap=True)
+err = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 
 
 def write_json(value: Any) -> None:

@@ -202,7 +202,7 @@ def quality(
     controls: Annotated[bool, typer.Option(help="also random and recent-only, equal bytes")] = True,
     tasks: Annotated[str, typer.Option(help="names, joined by commas")] = "retrieval,arithmetic",
     text: Annotated[
-        list[str] | None, typer.Option(help='a text file, or "sentences"; repeat')
+        list[str] | None, typer.Option(help='a text file, FILE.jsonl:FIELD, or "sentences"; repeat')
     ] = None,
     length: Annotated[
         int | None,

@@ -114,7 +114,7 @@ def _names(results: list[Result]) -> list[str]:
 
 
 def _fidelity_table(source: str, results: list[Result]) -> Table:
-    headings = ("KL", "KL p99", "agree %", "perplexity", "prefix", "mass/best")
+    headings = ("KL", "KL p99", "agree %", "ppl", "prefix", "mass/best")
     table = _table(f"{source}: distance from the original, token by token", headings)
     for name, result in zip(_names(results), results, strict=True):
         f = result.fidelity[source]

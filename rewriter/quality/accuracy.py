@@ -23,6 +23,9 @@ from rewriter.quality.tasks import END, TASKS, final_answer
 
 __all__ = ["MODES", "Grades", "draw_samples", "grade"]
 
+MOST_ROWS = 32
+"""Samples that are answered together."""
+
 MODES = ("multi-request", "multi-turn")
 
 
@@ -64,9 +67,21 @@ def grade(
     """Ask every question; only what a reply ends with is graded.
 
     Args:
-        samples: with the same number of questions; they are the rows of one session.
+        samples: with the same number of questions; up to `MOST_ROWS` of them share a session.
         mode: one of `MODES`.
     """
+    starts = range(0, len(samples), MOST_ROWS)
+    parts = [_grade(model, encoding, samples[i : i + MOST_ROWS], mode) for i in starts]
+    return Grades(
+        [row for part in parts for row in part.right],
+        [row for part in parts for row in part.held],
+        max(part.state_bytes for part in parts),
+    )
+
+
+def _grade(
+    model: OptimizedModel, encoding: Encoding, samples: Sequence[TokenSample], mode: str
+) -> Grades:
     ends = _ends(encoding)
     right: list[list[float]] = [[] for _ in samples]
     held: list[list[float | None]] = [[] for _ in samples]

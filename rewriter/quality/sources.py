@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -49,11 +50,12 @@ def read_source(
     """Rows of a task, of `SENTENCES`, or of a text file.
 
     Args:
+        name: a file's path; "FILE.jsonl:FIELD" reads one field of every line.
         length: tokens of a row, the beginning token included. rows: for each seed.
 
     Raises:
         ConfigError: an unknown task, or a length that is too short for it.
-        InputError: a file that cannot be read, is empty, or is shorter than a row.
+        InputError: a file that cannot be read, is empty, lacks the field, or is shorter than a row.
     """
     found: list[list[int]] = []
     for seed in seeds:
@@ -88,14 +90,31 @@ def _task_rows(
 def _text(name: str | Path, rng: Random, tokens: int) -> str:
     if name == SENTENCES:
         return sentences(rng, tokens)
-    path = Path(name)
+    file, field = str(name), ""
+    if ".jsonl:" in file:
+        file, _, field = file.rpartition(":")
+    path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"text {path} cannot be read: {error}") from error
+    if field:
+        text = "\n\n".join(_values(path, text, field))
     if not text.strip():
         raise InputError(f"text {path} is empty; allowed: a file with text in UTF-8")
     return text
+
+
+def _values(path: Path, text: str, field: str) -> list[str]:
+    """One field of every line of a JSON lines file."""
+    values: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            value = json.loads(line)[field]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"text {path}, line {number}: no field {field!r} ({error})") from error
+        values.append(str(value))
+    return values
 
 
 def _windows(

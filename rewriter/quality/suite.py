@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from rewriter.errors import ConfigError
@@ -94,7 +95,7 @@ class Suite:
     max_positions: int | None
     length: int = field(init=False)
     sources: list[Source] = field(init=False)
-    samples: dict[str, dict[int, list[TokenSample]]] = field(init=False)
+    samples: dict[str, list[TokenSample]] = field(init=False)
 
     def __post_init__(self) -> None:
         chosen, limit = self.settings, self.max_positions
@@ -107,11 +108,13 @@ class Suite:
             read_source(n, self.encoding, self.length, chosen.rows, chosen.seeds) for n in names
         ]
 
-    def _drawn(self, task: str) -> dict[int, list[TokenSample]]:
+    def _drawn(self, task: str) -> list[TokenSample]:
+        """The samples of every seed, one after another."""
         chosen = self.settings
         self.encoding.check(TASKS[task])
         shape = (self.length, chosen.samples, chosen.questions)
-        return {seed: draw_samples(task, self.encoding, *shape, seed) for seed in chosen.seeds}
+        drawn = (draw_samples(task, self.encoding, *shape, seed) for seed in chosen.seeds)
+        return list(chain.from_iterable(drawn))
 
     def run(
         self, variants: Sequence[Variant], against: int, on_progress: OnProgress
@@ -157,42 +160,40 @@ class Suite:
         self,
         task: str,
         mode: str,
-        samples: dict[int, list[TokenSample]],
+        samples: list[TokenSample],
         variants: Sequence[Variant],
         results: list[Result],
         against: int,
         on_progress: OnProgress,
     ) -> None:
-        grades: list[dict[int, Grades]] = []
+        grades: list[Grades] = []
         for index, (variant, result) in enumerate(zip(variants, results, strict=True)):
-            graded = {
-                seed: grade(variant.model, self.encoding, drawn, mode)
-                for seed, drawn in samples.items()
-            }
-            grades.append(graded)
-            result.task_bytes[task] = max(g.state_bytes for g in graded.values())
+            grades.append(grade(variant.model, self.encoding, samples, mode))
+            result.task_bytes[task] = grades[-1].state_bytes
             on_progress(f"answering {task}, {mode}", (index + 1) / len(variants))
-        base = _pooled(grades[against])
         for mine, result in zip(grades, results, strict=True):
-            pooled = _pooled(mine)
-            pairs = zip(pooled, base, strict=True)
+            pairs = zip(mine.right, grades[against].right, strict=True)
             differences = [[a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
-            by_seed = {str(seed): mean_interval(g.right).mean for seed, g in mine.items()}
             result.accuracy.setdefault(task, {})[mode] = Accuracy(
-                mean_interval(pooled), mean_interval(differences), by_seed, _by_evidence(mine)
+                mean_interval(mine.right),
+                mean_interval(differences),
+                self._by_seed(mine.right),
+                _by_evidence(mine),
             )
 
+    def _by_seed(self, right: list[list[float]]) -> dict[str, float]:
+        """Scores of each seed's samples."""
+        count = self.settings.samples
+        starts = enumerate(self.settings.seeds)
+        return {
+            str(seed): mean_interval(right[i * count : (i + 1) * count]).mean for i, seed in starts
+        }
 
-def _pooled(grades: dict[int, Grades]) -> list[list[float]]:
-    """The samples of every seed."""
-    return [sample for graded in grades.values() for sample in graded.right]
 
-
-def _by_evidence(grades: dict[int, Grades]) -> dict[str, tuple[float, int]]:
+def _by_evidence(grades: Grades) -> dict[str, tuple[float, int]]:
     """Score and number of questions, by how much the cache held of what the answer needs."""
     found: dict[str, list[float]] = {}
-    rows = [row for g in grades.values() for row in zip(g.held, g.right, strict=True)]
-    for held, right in rows:
+    for held, right in zip(grades.held, grades.right, strict=True):
         for share, score in zip(held, right, strict=True):
             if share is not None:
                 found.setdefault(HELD.get(share, "partly"), []).append(score)

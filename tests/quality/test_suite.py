@@ -11,6 +11,7 @@ from rewriter.quality.accuracy import draw_samples, grade
 from rewriter.quality.encoding import Encoding
 from rewriter.quality.measure import measure_quality
 from rewriter.quality.plots import draw
+from rewriter.quality.sources import read_source
 from rewriter.quality.suite import Settings
 from rewriter.quality.tasks import TASKS
 from tests.quality.conftest import make_tokenizer, tiny_llama
@@ -196,6 +197,19 @@ def test_texts_that_are_empty_or_too_short(model, tokenizer, tmp_path):
         settings = Settings(tasks=(), texts=(path,), **SMALL)
         with pytest.raises(InputError, match=message):
             measured(model, tokenizer, settings=settings)
+
+
+def test_one_field_of_json_lines_is_a_text(tokenizer, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    lines = [{"question": f"the farmer has {n} coats .", "answer": n} for n in range(10, 99)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encoding = Encoding(tokenizer, len(tokenizer))
+    source = read_source(f"{path}:question", encoding, 40, 2, (0, 1))
+    assert source.ids.shape == (4, 40) and source.seeds == (0, 0, 1, 1)
+    words = set(tokenizer.decode(source.ids[0, 1:]).split())
+    assert {"farmer", "coats"} <= words and "question" not in words
+    with pytest.raises(InputError, match="line 1: no field 'text'"):
+        read_source(f"{path}:text", encoding, 40, 2, (0, 1))
 
 
 def test_a_tokenizer_of_another_model_is_refused(model, tokenizer):

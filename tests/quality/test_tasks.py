@@ -88,12 +88,12 @@ def test_tracking_follows_the_assignments():
         assert 2 <= len(way) <= 4 and int(name) > 9
 
 
-def test_affixes_need_both_ends():
+def test_affixes_need_both_words():
     for sample in samples("affixes"):
         strings = [tuple(s.split()) for s in sample.context.strip("()").split(", ")]
         for question in sample.questions:
-            first, last = question.prompt.removeprefix("? ").split()
-            found = [" ".join(s[1:3]) for s in strings if (s[0], s[3]) == (first, last)]
+            first, second = question.prompt.removeprefix("? ").split()
+            found = [" ".join(s[2:]) for s in strings if (s[0], s[1]) == (first, second)]
             assert found == [question.answer]
 
 
