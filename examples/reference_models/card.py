@@ -186,7 +186,7 @@ def card(directory: Path, samples: int) -> str:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    text = card(directory, samples=200)
+    text = card(directory, samples=100)
     write_file(directory / "README.md", text.encode(), "card")
 
 

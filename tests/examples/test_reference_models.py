@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rewriter import optimize
+from rewriter.quality.accuracy import draw_samples, grade
 from rewriter.quality.encoding import Encoding
 from rewriter.quality.tasks import TASKS
 
@@ -103,3 +105,37 @@ def test_only_the_most_active_neurons_count(scripts, reasoner):
         assert torch.equal(model(ids).logits, whole)
     active = (seen[0] != 0).sum(-1)
     assert (active == round(0.25 * model.config.intermediate_size)).all()
+
+
+def card_rows() -> list[tuple[str, int, float]]:
+    """Task, entries and share of right answers, as the card says."""
+    lines = (REASONER / "README.md").read_text().splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    rows = [row for row in cells if len(row) == 4 and row[0] in TASKS]
+    return [(task, int(size or 0), float(right[:-1]) / 100) for task, size, _, right in rows]
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "people", "retrieval"])
+def test_the_reasoner_can_do_what_its_card_says(scripts, reasoner, task):
+    model, tokenizer = reasoner
+    _, size, said = next(row for row in card_rows() if row[0] == task)
+    with torch.no_grad():
+        found = scripts["evaluate"].accuracy(model, tokenizer, task, size, 80, seed=5)
+    assert said > 0.05
+    assert abs(found - said) < 0.2
+
+
+def test_the_reasoner_forgets_what_its_cache_dropped(reasoner):
+    model, tokenizer = reasoner
+    encoding = Encoding(tokenizer, model.config.vocab_size)
+    samples = draw_samples("retrieval", encoding, 300, 16, 4, seed=0)
+    passes = ["streaming-llm{num_sink_tokens=4,recent_window=146}", "default"]
+    with torch.no_grad():
+        grades = grade(optimize(model, passes=passes), encoding, samples, "multi-request")
+    right = {0.0: [], 1.0: []}
+    for held, scores in zip(grades.held, grades.right, strict=True):
+        for share, score in zip(held, scores, strict=True):
+            right[share].append(score)
+    kept, dropped = (sum(right[share]) / len(right[share]) for share in (1.0, 0.0))
+    assert len(right[0.0]) > 15 < len(right[1.0])
+    assert kept > 0.7 and dropped < 0.1
