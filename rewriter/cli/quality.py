@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rewriter.cli.console import out
@@ -124,7 +123,7 @@ def _fidelity_table(source: str, results: list[Result]) -> Table:
             f"{f.kl_mean:.1e}",
             f"{f.kl_p99:.1e}",
             f"{100 * f.agreement:.1f}",
-            f"{f.perplexity:.4g}",
+            f"{f.perplexity:.3g}",
             f"{f.common_prefix:.0f}",
             "" if f.mass is None else f"{f.mass.variant:.2f}/{f.mass.oracle:.2f}",
         )
@@ -133,10 +132,12 @@ def _fidelity_table(source: str, results: list[Result]) -> Table:
 
 def _accuracy_table(task: str, results: list[Result]) -> Table:
     modes = results[0].accuracy[task]
-    headings = [heading for mode in modes for heading in (f"{mode} %", "difference")]
+    headings = [text for mode in modes for text in (mode.replace("-", "-\n"), "difference")]
     seen = any(a.by_evidence for a in modes.values())
     headings += ["kept", "dropped"] if seen else []
-    table = _table(f"{task}: right answers, and the difference to {results[0].label}", headings)
+    table = _table(
+        f"{task}: right answers in %, and the difference to {results[0].label}", headings
+    )
     for name, result in zip(_names(results), results, strict=True):
         found = result.accuracy[task].values()
         cells = [text for a in found for text in (_score(a.score), _difference(a.difference))]
@@ -153,7 +154,7 @@ def _score(interval: Interval) -> str:
 
 def _difference(interval: Interval) -> str:
     mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
-    return f"{mean:+.0f} ({low:+.0f}…{high:+.0f})"
+    return f"{mean:+.0f} ±{(high - low) / 2:.0f}"
 
 
 def _evidence(accuracies: Iterable[Accuracy], name: str) -> str:
@@ -164,7 +165,7 @@ def _evidence(accuracies: Iterable[Accuracy], name: str) -> str:
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in ("KiB", *headings):
         table.add_column(heading, justify="right")

@@ -22,10 +22,15 @@ __all__ = ["SiteVerdict", "implementation", "method", "recorded", "worse"]
 POSITIONS = ("q_positions", "k_positions")
 """Inputs that a decoding program may do without."""
 
-HALF = (torch.bfloat16, torch.float16)
+WIDER = {
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+"""In what a reference is computed to tell its own rounding."""
 ROUNDINGS = 3.0
-"""How many times the reference's own rounding an output in half precision may be off."""
-MOST_ROUNDING = 0.1
+"""How many times the reference's own rounding an output may be off."""
+MOST_ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 """But no more than this: wrong masks and positions start above."""
 
 
@@ -155,14 +160,15 @@ def _judged(
 ) -> tuple[float, float]:
     """The error of an output and what it may be.
 
-    In half precision an intermediate that is rounded in one form and not in the other can be worth
-    more than the table allows, behind a softmax above all. There the reference is computed in fp32
-    from the same inputs, and the output may be a few times as far from that as the reference is.
+    An intermediate that is rounded in one form and not in the other can be worth more than the table
+    allows, behind a softmax over large scores above all. There the reference is computed in a wider
+    dtype from the same inputs, and the output may be a few times as far from that as the reference is.
     """
-    error = relative_error(output, reference)
-    if error <= allowed or allowed == 0.0 or reference.dtype not in HALF:
+    error, dtype = relative_error(output, reference), reference.dtype
+    if error <= allowed or allowed == 0.0 or dtype not in WIDER:
         return error, allowed
-    wide = compute(*(t.float() if t is not None and t.dtype in HALF else t for t in tensors))
-    rounding = relative_error(reference.float(), wide)
-    allowed = max(allowed, min(ROUNDINGS * rounding, MOST_ROUNDING))
-    return relative_error(output.float(), wide), allowed
+    wider = WIDER[dtype]
+    wide = compute(*(t.to(wider) if t is not None and t.dtype == dtype else t for t in tensors))
+    rounding = relative_error(reference.to(wider), wide)
+    allowed = max(allowed, min(ROUNDINGS * rounding, MOST_ROUNDING[dtype]))
+    return relative_error(output.to(wider), wide), allowed

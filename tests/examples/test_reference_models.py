@@ -125,6 +125,19 @@ def test_the_reasoner_can_do_what_its_card_says(scripts, reasoner, task):
     assert abs(found - said) < 0.2
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "random-entries{num_random=120,recent_window=40}",
+        "streaming-llm{num_sink_tokens=0,recent_window=160}",
+    ],
+)
+def test_large_scores_are_not_taken_for_faults(reasoner, spec):
+    certificates = optimize(reasoner[0], passes=[spec]).report.certificates
+    assert [c.status for c in certificates] == ["applied"] * 4
+    assert max(c.implementation_error for c in certificates) < 1e-4
+
+
 def test_the_reasoner_forgets_what_its_cache_dropped(reasoner):
     model, tokenizer = reasoner
     encoding = Encoding(tokenizer, model.config.vocab_size)
