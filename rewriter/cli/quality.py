@@ -144,7 +144,7 @@ def _accuracy_table(task: str, results: list[Result]) -> Table:
         cells += [_evidence(found, "kept"), _evidence(found, "dropped")] if seen else []
         table.add_row(name, _kib(result.task_bytes[task]), *cells)
     if seen:
-        table.caption = "kept, dropped: where the cache held, or no longer held, what was asked for"
+        table.caption = "kept, dropped: the cache held all, or not all, of what was asked for"
     return table
 
 
