@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rewriter.quality.tasks import END, TASKS, Sample
+from rewriter.quality.encoding import Encoding
+from rewriter.quality.tasks import TASKS
 
 CASES = (
     ("arithmetic", 0),
@@ -37,15 +38,6 @@ CASES = (
 """Task, and entries in the context."""
 
 
-def answer_ids(tokenizer: Any, sample: Sample, index: int) -> tuple[list[int], list[int]]:
-    """Token ids of the context with one question, and of the right answer."""
-    question = sample.questions[index]
-    text = f"{sample.context} {question.prompt}"
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(f"{question.answer}{END}", add_special_tokens=False)["input_ids"]
-    return [tokenizer.bos_token_id, *prompt], answer
-
-
 @torch.inference_mode()
 def accuracy(
     model: nn.Module, tokenizer: Any, task: str, size: int, samples: int, seed: int
@@ -55,11 +47,11 @@ def accuracy(
     Questions about one context are asked one by one, each right after the context.
     """
     rng, right, asked = Random(seed), 0, 0
-    per_context = 1 if size == 0 else 4
+    per_context, encoding = 1 if size == 0 else 4, Encoding(tokenizer, len(tokenizer))
     for _ in range(samples // per_context):
-        sample = TASKS[task].sample(rng, size, per_context, held_out=True)
-        for index in range(len(sample.questions)):
-            prompt, answer = answer_ids(tokenizer, sample, index)
+        sample = encoding.encode(TASKS[task].sample(rng, size, per_context, held_out=True))
+        for question, answer in zip(sample.questions, sample.answers, strict=True):
+            prompt = sample.context + question
             logits = model(torch.tensor([prompt + answer])).logits[0]
             right += int(_all_first(logits[len(prompt) - 1 : -1], torch.tensor(answer)))
             asked += 1

@@ -77,7 +77,7 @@ class Encoding:
         questions = [self.ids(f" {q.prompt}") for q in sample.questions]
         answers = [self.ids(f" {q.answer}{END}") for q in sample.questions]
         if not context:  # a tokenizer without a beginning token, a task without a context
-            context, questions = questions[0][:1], [q[1:] for q in questions]
+            context = self.ids(END)
         evidence = self._evidence(sample)
         return TokenSample(sample, context, questions, answers, evidence)
 

@@ -67,8 +67,9 @@ def measure_quality(
         chosen, _encoding(tokenizer, model), original, original.program.decoding.max_positions
     )
     found = plans(lossy, densities, suite.length, controls=controls)
-    variants = [_build(model, plan, say) for plan in (base, *(p for p in found if p != base))]
-    results = suite.run(variants, 0, say)
+    first = _build(model, base, say) if base.specs else Variant(base, original)
+    variants = [first, *(_build(model, plan, say) for plan in found if plan != base)]
+    results = suite.run(variants, say)
     asked = dataclasses.asdict(chosen) | {"length": suite.length, "densities": list(densities)}
     asked["against"] = base.label
     return QualityReport(name or type(model).__name__, asked, original.report.versions, results)

@@ -116,10 +116,8 @@ class Suite:
         drawn = (draw_samples(task, self.encoding, *shape, seed) for seed in chosen.seeds)
         return list(chain.from_iterable(drawn))
 
-    def run(
-        self, variants: Sequence[Variant], against: int, on_progress: OnProgress
-    ) -> list[Result]:
-        """Measure all variants. `against`: which of them accuracies are compared with."""
+    def run(self, variants: Sequence[Variant], on_progress: OnProgress) -> list[Result]:
+        """Measure all variants; accuracies are compared with the first one's."""
         results = [
             Result(v.plan.label, v.plan.specs, v.plan.control, v.plan.density, undone=v.undone)
             for v in variants
@@ -128,7 +126,7 @@ class Suite:
             self._add_fidelity(source, variants, results, on_progress)
         for task, samples in self.samples.items():
             for mode in self.settings.modes:
-                self._add_accuracy(task, mode, samples, variants, results, against, on_progress)
+                self._add_accuracy(task, mode, samples, variants, results, on_progress)
         return results
 
     def _add_fidelity(
@@ -163,7 +161,6 @@ class Suite:
         samples: list[TokenSample],
         variants: Sequence[Variant],
         results: list[Result],
-        against: int,
         on_progress: OnProgress,
     ) -> None:
         grades: list[Grades] = []
@@ -172,7 +169,7 @@ class Suite:
             result.task_bytes[task] = grades[-1].state_bytes
             on_progress(f"answering {task}, {mode}", (index + 1) / len(variants))
         for mine, result in zip(grades, results, strict=True):
-            pairs = zip(mine.right, grades[against].right, strict=True)
+            pairs = zip(mine.right, grades[0].right, strict=True)
             differences = [[a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
             result.accuracy.setdefault(task, {})[mode] = Accuracy(
                 mean_interval(mine.right),
@@ -184,10 +181,9 @@ class Suite:
     def _by_seed(self, right: list[list[float]]) -> dict[str, float]:
         """Scores of each seed's samples."""
         count = self.settings.samples
-        starts = enumerate(self.settings.seeds)
-        return {
-            str(seed): mean_interval(right[i * count : (i + 1) * count]).mean for i, seed in starts
-        }
+        parts = [right[i : i + count] for i in range(0, len(right), count)]
+        seeds = zip(self.settings.seeds, parts, strict=True)
+        return {str(seed): mean_interval(part).mean for seed, part in seeds}
 
 
 def _by_evidence(grades: Grades) -> dict[str, tuple[float, int]]:
