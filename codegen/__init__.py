@@ -1,1 +1,1 @@
-"""Kernels for dialect operators on a target. Nothing here yet."""
+"""Kernels for dialect operators on a target: Triton text, C++ text, and their compilation."""

@@ -1,0 +1,1 @@
+"""Kernels in C++: headers that generated text is put together from, their compilation and launchers."""
