@@ -1,0 +1,1 @@
+"""Triton kernels: ordinary `@triton.jit` functions, and the specialised text generated from them."""
