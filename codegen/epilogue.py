@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from codegen.pointwise import FUNCTIONS, Call, translate
 from rewriter.errors import InputError
 
-__all__ = ["Epilogue", "Operand", "Step", "Untranslatable"]
+__all__ = ["Epilogue", "Operand", "Step", "Untranslatable", "cpp_constant"]
 
 VALUE = "value"
 """The site's own result in a step's arguments."""
@@ -218,7 +218,7 @@ class Epilogue:
     def _assignments(self, language: str, value: str, suffix: str) -> list[str]:
         names = {VALUE: value} | {o.name: o.name + suffix for o in self.operands}
         names |= {f"t{i}": f"t{i}" for i in range(len(self.steps))}
-        show = _triton_constant if language == "triton" else _cpp_constant
+        show = _triton_constant if language == "triton" else cpp_constant
         lines = []
         for i, step in enumerate(self.steps):
             function = FUNCTIONS[step.function]
@@ -385,7 +385,8 @@ def _triton_constant(value: float) -> str:
     return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
-def _cpp_constant(value: float) -> str:
+def cpp_constant(value: float) -> str:
+    """A C++ expression of this number, rounded to fp32."""
     value = _rounded(value)
     if math.isfinite(value):
         return f"{value!r}f" if value >= 0 else f"({value!r}f)"
