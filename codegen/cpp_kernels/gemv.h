@@ -1,0 +1,149 @@
+// Products of a few fp32 vectors with the rows of a matrix: each weight is read once, by one thread.
+//
+// A block of up to 8 rows is read side by side, one cache line of each at a time: more streams keep more
+// reads in flight than one does, and x is loaded once for all of them. The lines half a kilobyte ahead are
+// asked for early; at the end of a row those are the first ones of the block that comes next, wherever it
+// is. Weights are fp32, bf16 or int8 and become fp32 in registers; sums are fp32.
+#pragma once
+#include "vec.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace rw {
+
+// ---- One vector of weights, and the sum of one, in as few instructions as there are. Compilers turn the
+// ---- generic conversions of narrow types into many.
+template <typename W> inline Vec load_weights(const W* p) { return load(p); }
+inline float add_lanes(Vec v);
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+template <> inline Vec load_weights<bf16>(const bf16* p) {
+    __m256i narrow = _mm256_loadu_si256((const __m256i*)p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+}
+template <> inline Vec load_weights<int8_t>(const int8_t* p) {
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline float add_lanes(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+#elif defined(__AVX2__)
+template <> inline Vec load_weights<bf16>(const bf16* p) {
+    __m128i narrow = _mm_loadu_si128((const __m128i*)p);
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+}
+template <> inline Vec load_weights<int8_t>(const int8_t* p) {
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline float add_lanes(Vec v) {
+    __m256 all = (__m256)v;
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#else
+inline float add_lanes(Vec v) { return sum(v); }
+#endif
+
+// Rows of one block, so that its R * M sums stay in registers: 32 of them, or 16 with AVX2.
+constexpr int rows_per_block(int vectors) {
+    int rows = 8, sums = LANES == 8 ? 12 : 24;
+    while (rows > 1 && rows * vectors > sums) rows /= 2;
+    return rows;
+}
+
+constexpr int64_t LINE_BYTES = 64, AHEAD_BYTES = 512;
+
+// sums[r][m] = rows[r] . x[m] over `columns`; asks for the beginnings of `next` towards the end.
+template <int R, int M, typename W>
+inline void dot_rows(const W* const (&rows)[R], const W* const (&next)[R], const float* x,
+                     int64_t x_stride, int64_t columns, float (&sums)[R][M]) {
+    constexpr int64_t STEP = LINE_BYTES / sizeof(W), AHEAD = AHEAD_BYTES / sizeof(W);
+    Vec acc[R][M] = {};
+    auto add = [&](int64_t c) {
+        Vec part[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) part[m] = load(x + m * x_stride + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Vec weights = load_weights(rows[r] + c);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[r][m] += weights * part[m];
+        }
+    };
+    int64_t c = 0, whole = columns - columns % STEP;
+    for (; c + AHEAD < whole; c += STEP) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r] + c + AHEAD);
+#pragma GCC unroll 16
+        for (int64_t u = 0; u < STEP; u += LANES) add(c + u);
+    }
+    for (int64_t ahead = 0; c < whole; c += STEP, ahead += STEP) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + ahead);
+#pragma GCC unroll 16
+        for (int64_t u = 0; u < STEP; u += LANES) add(c + u);
+    }
+    for (; c + LANES <= columns; c += LANES) add(c);
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) sums[r][m] = add_lanes(acc[r][m]);
+    for (; c < columns; ++c)
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m)
+                sums[r][m] += to_float(rows[r][c]) * x[m * x_stride + c];
+}
+
+// emit(i, m, value) for i of begin .. end in rising order, where row i begins at row_at(i).
+template <int R, int M, typename RowAt, typename Emit>
+inline void sweep_rows(int64_t begin, int64_t end, RowAt&& row_at, const float* x, int64_t x_stride,
+                       int64_t columns, Emit&& emit) {
+    int64_t i = begin;
+    for (; i + R <= end; i += R) {
+        decltype(row_at(i)) rows[R], next[R];
+        for (int r = 0; r < R; ++r) {
+            rows[r] = row_at(i + r);
+            next[r] = row_at(i + R + r < end ? i + R + r : end - 1);
+        }
+        float sums[R][M];
+        dot_rows<R, M>(rows, next, x, x_stride, columns, sums);
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) emit(i + r, m, sums[r][m]);
+    }
+    if constexpr (R > 1) sweep_rows<R / 2, M>(i, end, row_at, x, x_stride, columns, emit);
+}
+
+// out(row, m, w[row] . x[m]) for M vectors x [M, columns]; w [rows, columns], both with a stride of rows.
+template <int M, typename W, typename Out>
+inline void gemm_rows(const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t rows,
+                      int64_t columns, Out&& out, int thread, int num_threads) {
+    constexpr int R = rows_per_block(M);
+    Range mine = share(rows, thread, num_threads, R);
+    auto row_at = [&](int64_t i) { return w + i * stride; };
+    sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, out);
+}
+
+// out(row, w[row] . x) for one vector x [columns].
+template <typename W, typename Out>
+inline void gemv(const W* w, int64_t stride, const float* x, int64_t rows, int64_t columns, Out&& out,
+                 int thread, int num_threads) {
+    auto emit = [&](int64_t row, int, float value) { out(row, value); };
+    gemm_rows<1>(w, stride, x, 0, rows, columns, emit, thread, num_threads);
+}
+
+// out(row, a[row] . x, b[row] . x) for two matrices of one shape, such as gate and up.
+template <typename W, typename Out>
+inline void gemv_pair(const W* a, const W* b, int64_t stride, const float* x, int64_t rows,
+                      int64_t columns, Out&& out, int thread, int num_threads) {
+    constexpr int R = rows_per_block(1);
+    Range mine = share(2 * rows, thread, num_threads, R);
+    auto row_at = [&](int64_t i) { return (i & 1 ? b : a) + (i >> 1) * stride; };
+    float first = 0;
+    auto emit = [&](int64_t i, int, float value) {
+        if (i & 1)
+            out(i >> 1, first, value);
+        else
+            first = value;
+    };
+    sweep_rows<R, 1>(mine.begin, mine.end, row_at, x, 0, columns, emit);
+}
+
+}  // namespace rw
