@@ -1,0 +1,181 @@
+// The two products of attention on one block of entries: scores of a few query rows, and their weighted sum
+// of values. Rows and entries come by pointer, so that a cache may be contiguous, paged or gathered.
+//
+// Each key and value row leaves memory once; further query rows of the group find it in the first-level
+// cache. Sums run in fp32.
+#pragma once
+#include <utility>
+#include "functions.h"
+
+namespace rw {
+
+constexpr int KV_BLOCK = 64;  // entries of one block: 32 KiB of fp32 keys at head_dim 128
+
+// The first `count` numbers, the rest zero.
+template <int COUNT, typename T> inline Vec load_first(const T* p) {
+    if constexpr (COUNT == LANES) return load(p);
+    T padded[LANES] = {};
+    std::memcpy(padded, p, COUNT * sizeof(T));
+    return load(padded);
+}
+template <int COUNT> inline void store_first(float* p, Vec v) { std::memcpy(p, &v, COUNT * 4); }
+
+// Lanes of the 2 * LANES numbers of (a, b): from every group of WIDTH its half FIRST (0 or 1).
+template <int WIDTH, int FIRST, size_t... LANE>
+inline Vec halves(Vec a, Vec b, std::index_sequence<LANE...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(
+        a, b, int(LANE / (WIDTH / 2) * WIDTH + LANE % (WIDTH / 2) + FIRST * (WIDTH / 2))...);
+#else
+    return __builtin_shuffle(
+        a, b, VecI32{int(LANE / (WIDTH / 2) * WIDTH + LANE % (WIDTH / 2) + FIRST * (WIDTH / 2))...});
+#endif
+}
+
+// Sums of LANES vectors as the lanes of one, in order: a tree of LANES - 1 additions, not LANES * LANES.
+// Overwrites what it is given.
+template <int WIDTH = LANES> inline Vec sums(Vec* v) {
+    if constexpr (WIDTH == 1) {
+        return v[0];
+    } else {
+        using Lanes = std::make_index_sequence<LANES>;
+        for (int i = 0; i < WIDTH / 2; ++i)
+            v[i] = halves<WIDTH, 0>(v[2 * i], v[2 * i + 1], Lanes{}) +
+                   halves<WIDTH, 1>(v[2 * i], v[2 * i + 1], Lanes{});
+        return sums<WIDTH / 2>(v);
+    }
+}
+
+// Entries that a tile of ROWS query rows takes at once, so that its dot products fill one vector.
+template <int ROWS> constexpr int tile_entries() { return LANES > ROWS ? LANES / ROWS : 1; }
+
+// scores[r * KV_BLOCK + e] = scale * q[r * D ..] . keys[e], for ROWS rows and tile_entries<ROWS>() entries.
+template <int D, int ROWS, typename Key>
+inline void score_tile(const float* q, const Key* const* keys, float scale, float* scores) {
+    constexpr int ENTRIES = tile_entries<ROWS>(), STEP = ENTRIES < 4 ? ENTRIES : 4;
+    constexpr int WHOLE = D / LANES * LANES, REST = D - WHOLE;
+    constexpr int COUNT = ROWS * ENTRIES > LANES ? ROWS * ENTRIES : LANES;
+    Vec total[COUNT] = {};
+    for (int e = 0; e < ENTRIES; e += STEP) {
+        for (int c = 0; c < WHOLE; c += LANES) {
+            Vec key[STEP];
+            for (int i = 0; i < STEP; ++i) key[i] = load(keys[e + i] + c);
+            for (int r = 0; r < ROWS; ++r) {
+                Vec query = load(q + r * D + c);
+                for (int i = 0; i < STEP; ++i) total[r * ENTRIES + e + i] += query * key[i];
+            }
+        }
+        if constexpr (REST > 0) {
+            for (int i = 0; i < STEP; ++i) {
+                Vec key = load_first<REST>(keys[e + i] + WHOLE);
+                for (int r = 0; r < ROWS; ++r)
+                    total[r * ENTRIES + e + i] += load_first<REST>(q + r * D + WHOLE) * key;
+            }
+        }
+    }
+    float result[COUNT];
+    for (int i = 0; i < COUNT; i += LANES) store(result + i, sums(total + i) * splat(scale));
+    for (int r = 0; r < ROWS; ++r)
+        std::memcpy(scores + r * KV_BLOCK, result + r * ENTRIES, ENTRIES * sizeof(float));
+}
+
+template <int D, int ROWS, typename Key>
+inline void score_rows(const float* q, const Key* const* keys, int count, float scale, float* scores) {
+    for (int e = 0; e < count; e += tile_entries<ROWS>())
+        score_tile<D, ROWS>(q, keys + e, scale, scores + e);
+}
+
+// Scores of `rows` query rows (D apart) and `count` entries. `keys` holds KV_BLOCK pointers that may all be
+// read: those from `count` on give scores that mean nothing.
+template <int D, typename Key>
+inline void score_block(
+    const float* q, int64_t rows, const Key* const* keys, int count, float scale, float* scores) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) score_rows<D, 4>(q + r * D, keys, count, scale, scores + r * KV_BLOCK);
+    for (; r + 2 <= rows; r += 2) score_rows<D, 2>(q + r * D, keys, count, scale, scores + r * KV_BLOCK);
+    for (; r < rows; ++r) score_rows<D, 1>(q + r * D, keys, count, scale, scores + r * KV_BLOCK);
+}
+
+// Columns [C, C + WIDTH) of total[r] = total[r] * keep[r] + sum of weights[r * KV_BLOCK + e] * values[e].
+template <int DV, int C, int WIDTH, int ROWS, typename Value>
+inline void weigh_columns(
+    const float* weights, const Value* const* values, int count, const float* keep, float* total) {
+    constexpr int VECTORS = (WIDTH + LANES - 1) / LANES, REST = WIDTH - (VECTORS - 1) * LANES;
+    Vec sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r) {
+        float* row = total + r * DV + C;
+        for (int i = 0; i < VECTORS - 1; ++i) sum[r][i] = load(row + i * LANES) * splat(keep[r]);
+        sum[r][VECTORS - 1] = load_first<REST>(row + (VECTORS - 1) * LANES) * splat(keep[r]);
+    }
+    for (int e = 0; e < count; ++e) {
+        Vec value[VECTORS];
+        for (int i = 0; i < VECTORS - 1; ++i) value[i] = load(values[e] + C + i * LANES);
+        value[VECTORS - 1] = load_first<REST>(values[e] + C + (VECTORS - 1) * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            Vec weight = splat(weights[r * KV_BLOCK + e]);
+            for (int i = 0; i < VECTORS; ++i) sum[r][i] += weight * value[i];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        float* row = total + r * DV + C;
+        for (int i = 0; i < VECTORS - 1; ++i) store(row + i * LANES, sum[r][i]);
+        store_first<REST>(row + (VECTORS - 1) * LANES, sum[r][VECTORS - 1]);
+    }
+}
+
+// A tile of sums fills half of the registers: 16 of AVX-512's 32, 8 of AVX2's 16.
+constexpr int SUM_VECTORS = LANES >= 16 ? 16 : 8;
+
+template <int DV, int ROWS, int C, typename Value>
+inline void weigh_rows(
+    const float* weights, const Value* const* values, int count, const float* keep, float* total) {
+    if constexpr (C < DV) {
+        constexpr int MOST = SUM_VECTORS / ROWS * LANES, WIDTH = DV - C < MOST ? DV - C : MOST;
+        weigh_columns<DV, C, WIDTH, ROWS>(weights, values, count, keep, total);
+        weigh_rows<DV, ROWS, C + WIDTH>(weights, values, count, keep, total);
+    }
+}
+
+// total[r] = total[r] * keep[r] + sum over entries of weights[r * KV_BLOCK + e] * values[e], DV apart.
+template <int DV, typename Value>
+inline void weigh_block(
+    const float* weights, int64_t rows, const Value* const* values, int count, const float* keep,
+    float* total) {
+    constexpr int VECTORS = (DV + LANES - 1) / LANES;
+    constexpr int TILE = VECTORS * 4 <= SUM_VECTORS ? 4 : 2;
+    int64_t r = 0;
+    for (; r + TILE <= rows; r += TILE)
+        weigh_rows<DV, TILE, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV);
+    for (; r + 2 <= rows; r += 2)
+        weigh_rows<DV, 2, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV);
+    for (; r < rows; ++r)
+        weigh_rows<DV, 1, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV);
+}
+
+// scores[0 .. count) become e^(score - peak), and the numbers up to the next whole vector 0. `peak` and
+// `total` are of all blocks so far, -inf and 0 before the first; `keep` is what older sums are worth now.
+// False where these entries add nothing.
+inline bool online_softmax(float* scores, int count, float& peak, float& total, float& keep) {
+    int padded = (count + LANES - 1) / LANES * LANES;
+    for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
+    Vec most = splat(peak);
+    for (int i = 0; i < padded; i += LANES) {
+        Vec score = load(scores + i);
+        most = score > most ? score : most;
+    }
+    float highest = largest(most);
+    float shift = highest == -INFINITY ? 0.0f : highest;  // nothing seen yet: -inf + inf would be NaN
+    Vec sum = {};
+    for (int i = 0; i < padded; i += LANES) {
+        for (int lane = 0; lane < LANES; ++lane) scores[i + lane] = exp_(scores[i + lane] - shift);
+        sum += load(scores + i);
+    }
+    keep = exp_(peak - shift);
+    float added = 0;
+    for (int lane = 0; lane < LANES; ++lane) added += sum[lane];
+    total = total * keep + added;
+    peak = highest;
+    return added != 0;
+}
+
+}  // namespace rw
