@@ -23,6 +23,7 @@ DATA = _find_data()
 if DATA is not None:
     os.environ["REWRITER_DATA"] = str(DATA)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: 0 for tests on a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
