@@ -123,11 +123,14 @@ class Epilogue:
         return frozenset(step.function for step in self.steps)
 
     def triton_parameters(self) -> dict[str, str]:
-        """Parameters that a kernel takes for the operands, in order, with their types in a signature."""
+        """Parameters that a kernel takes for the operands, in order, with their types in a signature.
+
+        Compiled ahead of time, columns of an operand are one element apart; at run time they may not be.
+        """
         return {
-            f"{o.name}_{part}": f"*{_TRITON_TYPES[o.dtype]}" if part == "ptr" else "i64"
+            f"{o.name}_{part}": kind.format(_TRITON_TYPES[o.dtype])
             for o in self.operands
-            for part in ("ptr", "row_stride", "column_stride")
+            for part, kind in (("ptr", "*{}:16"), ("row_stride", "i64"), ("column_stride", "i64:1"))
         }
 
     def triton_lines(

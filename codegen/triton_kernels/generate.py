@@ -30,13 +30,34 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from codegen.cache import cached_text, content_hash
 from codegen.epilogue import Epilogue
+from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels import activations
 from rewriter.errors import RewriterError
 
-__all__ = ["GenerateError", "Launch", "generate", "launch", "load"]
+__all__ = [
+    "GenerateError",
+    "Launch",
+    "described",
+    "generate",
+    "launch",
+    "load",
+    "pointer",
+    "run",
+]
 
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 _EPILOGUE = re.compile(
     r"^(?P<indent> *)# \+epilogue: (?P<value>\w+) \[(?P<at>.+?)\](?: mask \[(?P<mask>.+)\])?$"
 )
@@ -130,6 +151,24 @@ def launch(text: str, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
     how = module.LAUNCH
     kernel = getattr(module, how["kernel"])
     kernel[grid](*arguments, num_warps=how["num_warps"], num_stages=how["num_stages"])
+
+
+@functools.lru_cache(maxsize=512)
+def described(kernel: Kernel, description: KernelDescription) -> str:
+    """The kernel's text for a description, made once."""
+    return kernel.source(description)
+
+
+def run(
+    kernel: Kernel, description: KernelDescription, grid: tuple[int, ...], arguments: Sequence[Any]
+) -> None:
+    """`launch` the text of a description."""
+    launch(described(kernel, description), grid, arguments)
+
+
+def pointer(dtype: torch.dtype, alignment: int = 16) -> str:
+    """The type of a pointer in a signature, e.g. `"*bf16:16"`; alignment in bytes, 0 for none."""
+    return f"*{_TYPES[dtype]}" + (f":{alignment}" if alignment else "")
 
 
 class _Parts:
