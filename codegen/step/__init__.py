@@ -1,0 +1,5 @@
+"""A whole decode step as one C++ function: no Python and no dispatcher between its kernels."""
+
+from codegen.step.native_step import NativeStep
+
+__all__ = ["NativeStep"]
