@@ -7,7 +7,11 @@
 #pragma once
 #include "vec.h"
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace rw {
@@ -53,23 +57,12 @@ constexpr int rows_per_block(int vectors) {
 
 constexpr int64_t LINE_BYTES = 64, AHEAD_BYTES = 512;
 
-// sums[r][m] = rows[r] . x[m] over `columns`; asks for the beginnings of `next` towards the end.
-template <int R, int M, typename W>
-inline void dot_rows(const W* const (&rows)[R], const W* const (&next)[R], const float* x,
-                     int64_t x_stride, int64_t columns, float (&sums)[R][M]) {
+// add(c) for vectors at c = 0, LANES, ... of R rows, a cache line of each row after the other; the lines ahead,
+// and towards the end the beginnings of `next`, are on their way. Returns where less than a vector is left.
+template <int R, typename W, typename Add>
+inline int64_t read_side_by_side(const W* const (&rows)[R], const W* const (&next)[R], int64_t columns,
+                                 Add&& add) {
     constexpr int64_t STEP = LINE_BYTES / sizeof(W), AHEAD = AHEAD_BYTES / sizeof(W);
-    Vec acc[R][M] = {};
-    auto add = [&](int64_t c) {
-        Vec part[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) part[m] = load(x + m * x_stride + c);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            Vec weights = load_weights(rows[r] + c);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[r][m] += weights * part[m];
-        }
-    };
     int64_t c = 0, whole = columns - columns % STEP;
     for (; c + AHEAD < whole; c += STEP) {
 #pragma GCC unroll 8
@@ -84,12 +77,31 @@ inline void dot_rows(const W* const (&rows)[R], const W* const (&next)[R], const
         for (int64_t u = 0; u < STEP; u += LANES) add(c + u);
     }
     for (; c + LANES <= columns; c += LANES) add(c);
+    return c;
+}
+
+// sums[r][m] = rows[r] . x[m] over `columns`.
+template <int R, int M, typename W>
+inline void dot_rows(const W* const (&rows)[R], const W* const (&next)[R], const float* x,
+                     int64_t x_stride, int64_t columns, float (&sums)[R][M]) {
+    Vec acc[R][M] = {};
+    int64_t rest = read_side_by_side(rows, next, columns, [&](int64_t c) {
+        Vec part[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) part[m] = load(x + m * x_stride + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Vec weights = load_weights(rows[r] + c);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[r][m] += weights * part[m];
+        }
+    });
     for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) sums[r][m] = add_lanes(acc[r][m]);
-    for (; c < columns; ++c)
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m) {
+            sums[r][m] = add_lanes(acc[r][m]);
+            for (int64_t c = rest; c < columns; ++c)
                 sums[r][m] += to_float(rows[r][c]) * x[m * x_stride + c];
+        }
 }
 
 // emit(i, m, value) for i of begin .. end in rising order, where row i begins at row_at(i).
@@ -109,6 +121,15 @@ inline void sweep_rows(int64_t begin, int64_t end, RowAt&& row_at, const float* 
             for (int m = 0; m < M; ++m) emit(i + r, m, sums[r][m]);
     }
     if constexpr (R > 1) sweep_rows<R / 2, M>(i, end, row_at, x, x_stride, columns, emit);
+}
+
+// wide [vectors, columns] = x in fp32; a phase of its own for activations that are narrower.
+template <typename T>
+inline void widen(const T* x, int64_t stride, float* wide, int64_t vectors, int64_t columns, int thread,
+                  int num_threads) {
+    Range mine = share(columns, thread, num_threads, LANES);
+    for (int64_t m = 0; m < vectors; ++m)
+        for (int64_t c = mine.begin; c < mine.end; ++c) wide[m * columns + c] = to_float(x[m * stride + c]);
 }
 
 // out(row, m, w[row] . x[m]) for M vectors x [M, columns]; w [rows, columns], both with a stride of rows.
