@@ -1,0 +1,252 @@
+"""Products of up to eight vectors with one matrix, at the speed at which its weights can be read.
+
+    out[m, row] = epilogue(scale[row] · Σ_c weight[row, c] · x[m, c] + bias[row])
+
+Layout: x [vectors, in_size] and weight [out_size, in_size] with columns one element apart, rows any
+stride. Accumulation: fp32; int8 weights become fp32 in registers, activations are never quantised.
+Bytes moved: the weights once, whatever the number of vectors. One thread computes a contiguous share
+of the rows, eight (fewer with more vectors) side by side. Source: rows of int8 with one scale each are
+those of https://arxiv.org/abs/2208.07339, section 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from codegen.cpp_kernels.compiler import compile_library, inline_headers
+from codegen.cpp_kernels.provenance import provenance
+from codegen.epilogue import Epilogue
+from codegen.kernel import Kernel, KernelDescription, dtype_name
+from rewriter.cost.cost import Cost
+from rewriter.errors import ConfigError, InputError
+
+__all__ = ["CPP_TYPES", "MAX_VECTORS", "Gemv", "cost", "gemv", "quantize_rows", "reference"]
+
+_SOURCE = "https://arxiv.org/abs/2208.07339"
+MAX_VECTORS = 8
+CPP_TYPES = {torch.float32: "float", torch.bfloat16: "rw::bf16", torch.int8: "int8_t"}
+"""Element types of weights in C++; activations have the first two."""
+
+_TEXT = """\
+#include "functions.h"
+#include "gemv.h"
+#include "parallel.h"
+
+typedef {element} Element;
+typedef {weight} Weight;
+constexpr int VECTORS = {vectors};
+
+// wide is scratch of VECTORS * columns floats; scale and bias may be null.
+extern "C" void gemv(const Element* x, int64_t x_stride, const Weight* weight, int64_t weight_stride,
+                     const float* scale, const Element* bias, {result}* out, int64_t out_stride,
+                     int64_t rows, int64_t columns, float* wide, int threads{parameters}) {{
+    rw::parallel(threads, [&](int thread, int num_threads) {{
+{read}        auto store = [&](int64_t row, int m, float value) {{
+            if (scale) value *= scale[row];
+            if (bias) value += rw::to_float(bias[row]);
+{epilogue}            out[m * out_stride + row] = rw::from_float<{result}>(value);
+        }};
+        rw::gemm_rows<VECTORS>(weight, weight_stride, {vector}, rows, columns, store, thread,
+                               num_threads);
+    }});
+}}
+"""
+_WIDEN = """\
+        rw::widen(x, x_stride, wide, VECTORS, columns, thread, num_threads);
+        rw::barrier();
+"""
+
+
+class Gemv(Kernel):
+    """`form` is `""` for one vector, else their number, `"2"` to `"8"`."""
+
+    operator = "gemv"
+    backend = "cpu"
+
+    def supports(self, description: KernelDescription) -> str | None:
+        """A reason for other dtypes or more vectors; None otherwise."""
+        weight_dtype = description.weight_dtype or description.dtype
+        if description.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype={dtype_name(description.dtype)}: float32 or bfloat16"
+        if weight_dtype not in CPP_TYPES:
+            return f"weight_dtype={dtype_name(weight_dtype)}: float32, bfloat16 or int8"
+        if description.form not in ("", *map(str, range(2, MAX_VECTORS + 1))):
+            return (
+                f'form={description.form!r}: "", or the number of vectors, "2" to "{MAX_VECTORS}"'
+            )
+        return _epilogue_refusal(description.epilogue)
+
+    def source(self, description: KernelDescription) -> str:
+        """C++ text with the entry point `gemv`; ConfigError where it is not supported."""
+        refusal = self.supports(description)
+        if refusal is not None:
+            raise ConfigError("description", str(description), refusal)
+        epilogue = description.epilogue or Epilogue()
+        narrow = description.dtype != torch.float32
+        lines = epilogue.cpp_lines("value", "m", "row")
+        text = _TEXT.format(
+            element=CPP_TYPES[description.dtype],
+            weight=CPP_TYPES[description.weight_dtype or description.dtype],
+            result=CPP_TYPES[epilogue.dtype or description.dtype],
+            vectors=description.form or "1",
+            parameters="".join(f", {p}" for p in epilogue.cpp_parameters()),
+            epilogue="".join(f"            {line}\n" for line in lines),
+            read=_WIDEN if narrow else "",
+            vector="wide, columns" if narrow else "x, x_stride",
+        )
+        url = _SOURCE if description.weight_dtype == torch.int8 else ""
+        return provenance(description, "codegen.cpp_kernels.gemv", url, inline_headers(text))
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    epilogue: Epilogue | None = None,
+    operands: Sequence[Tensor] = (),
+    threads: int | None = None,
+    isa: str = "native",
+) -> Tensor:
+    """`linear(x, scale · weight, bias)` for a few vectors, in the dtype of x or of the epilogue.
+
+    Args:
+        x: [..., in_size], at most eight vectors, float32 or bfloat16.
+        weight: [out_size, in_size], float32, bfloat16 or int8.
+        scale: [out_size], float32; with int8 weights, and only with them (`quantize_rows`).
+        bias: [out_size], of x's dtype.
+        epilogue: pointwise work on the result [vectors, out_size], with its operands.
+        threads: torch's number of threads unless given.
+        isa: a key of `compiler.ISAS`.
+
+    Raises:
+        InputError: a tensor of another shape, dtype or device.
+        ConfigError: no compiler.
+    """
+    out_size, in_size = _checked(x, weight, scale, bias)
+    flat = x.reshape(-1, in_size)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    vectors = flat.shape[0]
+    dtype = (epilogue.dtype if epilogue else None) or x.dtype
+    out = x.new_empty((vectors, out_size), dtype=dtype)
+    if out.numel() == 0:
+        return out.view(*x.shape[:-1], out_size)
+    scratch = flat if x.dtype == torch.float32 else x.new_empty(flat.shape, dtype=torch.float32)
+    extra = epilogue.launch_arguments(operands, vectors, out_size) if epilogue else []
+    _entry(x.dtype, weight.dtype, vectors, epilogue, isa)(
+        flat.data_ptr(),
+        flat.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out_size,
+        out_size,
+        in_size,
+        scratch.data_ptr(),
+        threads or torch.get_num_threads(),
+        *(e.data_ptr() if isinstance(e, Tensor) else e for e in extra),
+    )
+    return out.view(*x.shape[:-1], out_size)
+
+
+def reference(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """What `gemv` means, in fp32, rounded once at the end."""
+    product = x.float() @ weight.float().T
+    product = product if scale is None else product * scale
+    return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights [out_size, in_size] and the scale [out_size] of each row, fp32.
+
+    Symmetric: the largest magnitude of a row becomes 127. A row of zeros has scale 1. The error of a
+    weight is at most half of its row's scale.
+
+    Raises:
+        InputError: weights that are no matrix of finite floats.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.isfinite().all():
+        told = f"{tuple(weight.shape)} {weight.dtype}"
+        raise InputError(f"weight={told} is not allowed: a matrix of finite floats")
+    wide = weight.float()
+    largest = wide.abs().amax(dim=1) if weight.shape[1] else wide.new_zeros(weight.shape[0])
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return (wide / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def cost(x: Tensor, weight: Tensor) -> Cost:
+    """Of one call: the weights are read once."""
+    vectors, (out_size, in_size) = x.numel() // x.shape[-1], weight.shape
+    activations = vectors * (in_size + out_size) * x.element_size()
+    scales = 4 * out_size * (weight.dtype == torch.int8)
+    moved = weight.numel() * weight.element_size() + activations + scales
+    return Cost(2.0 * vectors * out_size * in_size, float(moved), 1)
+
+
+def _checked(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[int, int]:
+    """out_size and in_size."""
+    if (
+        weight.dim() != 2
+        or weight.dtype not in CPP_TYPES
+        or (weight.shape[1] and weight.stride(1) != 1)
+    ):
+        _refuse("weight", weight, "a float32, bfloat16 or int8 matrix with adjacent columns")
+    out_size, in_size = weight.shape
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.dim() or x.shape[-1] != in_size:
+        _refuse("x", x, f"float32 or bfloat16 with a last dimension of {in_size}")
+    if x.shape[:-1].numel() > MAX_VECTORS:
+        _refuse("x", x, f"at most {MAX_VECTORS} vectors")
+    if (scale is not None) != (weight.dtype == torch.int8):
+        raise InputError("scale is not allowed: one for each row of int8 weights, none for others")
+    for name, tensor, dtype in (("scale", scale, torch.float32), ("bias", bias, x.dtype)):
+        if tensor is not None and (
+            tensor.shape != (out_size,) or tensor.dtype != dtype or not tensor.is_contiguous()
+        ):
+            _refuse(name, tensor, f"{out_size} adjacent numbers, {dtype_name(dtype)}")
+    if any(t is not None and t.device.type != "cpu" for t in (x, weight, scale, bias)):
+        raise InputError("device is not allowed: all tensors on the CPU")
+    return out_size, in_size
+
+
+def _refuse(name: str, tensor: Tensor, allowed: str) -> None:
+    told = f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}"
+    raise InputError(f"{name}={told} is not allowed: {allowed}")
+
+
+def _epilogue_refusal(epilogue: Epilogue | None) -> str | None:
+    dtypes = [] if epilogue is None else [o.dtype for o in epilogue.operands] + [epilogue.dtype]
+    if torch.float16 in dtypes:
+        return "epilogue: reads or gives float16: float32 or bfloat16"
+    return None
+
+
+@functools.cache
+def _entry(
+    dtype: torch.dtype, weight_dtype: torch.dtype, vectors: int, epilogue: Epilogue | None, isa: str
+) -> ctypes._NamedFuncPointer:
+    form = "" if vectors == 1 else str(vectors)
+    description = KernelDescription(
+        operator="gemv", dtype=dtype, weight_dtype=weight_dtype, form=form, epilogue=epilogue
+    )
+    function = compile_library(Gemv().source(description), isa=isa).gemv
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    operands = len(epilogue.operands) if epilogue else 0
+    function.argtypes = [
+        *(pointer, size, pointer, size, pointer, pointer, pointer, size, size, size, pointer),
+        ctypes.c_int,
+        *([pointer, size, size] * operands),
+    ]
+    function.restype = None
+    return function
