@@ -5,18 +5,35 @@
 // cache. Sums run in fp32.
 #pragma once
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include "functions.h"
 
 namespace rw {
 
 constexpr int KV_BLOCK = 64;  // entries of one block: 32 KiB of fp32 keys at head_dim 128
 
-// The first `count` numbers, the rest zero.
+// One vector of an entry. Compilers turn the generic conversion of bf16 into five instructions; it is two.
+template <typename T> inline Vec load_entry(const T* p) { return load(p); }
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+template <> inline Vec load_entry<bf16>(const bf16* p) {
+    __m256i narrow = _mm256_loadu_si256((const __m256i*)p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+}
+#elif defined(__AVX2__)
+template <> inline Vec load_entry<bf16>(const bf16* p) {
+    __m128i narrow = _mm_loadu_si128((const __m128i*)p);
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+}
+#endif
+
+// The first COUNT numbers, the rest zero.
 template <int COUNT, typename T> inline Vec load_first(const T* p) {
-    if constexpr (COUNT == LANES) return load(p);
+    if constexpr (COUNT == LANES) return load_entry(p);
     T padded[LANES] = {};
     std::memcpy(padded, p, COUNT * sizeof(T));
-    return load(padded);
+    return load_entry((const T*)padded);
 }
 template <int COUNT> inline void store_first(float* p, Vec v) { std::memcpy(p, &v, COUNT * 4); }
 
@@ -46,6 +63,16 @@ template <int WIDTH = LANES> inline Vec sums(Vec* v) {
     }
 }
 
+// f over all lanes of one vector, e.g. their sum.
+template <int WIDTH = LANES, typename F> inline float fold(Vec v, F&& f) {
+    if constexpr (WIDTH == 1) {
+        return v[0];
+    } else {
+        using Lanes = std::make_index_sequence<LANES>;
+        return fold<WIDTH / 2>(f(halves<WIDTH, 0>(v, v, Lanes{}), halves<WIDTH, 1>(v, v, Lanes{})), f);
+    }
+}
+
 // Entries that a tile of ROWS query rows takes at once, so that its dot products fill one vector.
 template <int ROWS> constexpr int tile_entries() { return LANES > ROWS ? LANES / ROWS : 1; }
 
@@ -59,7 +86,7 @@ inline void score_tile(const float* q, const Key* const* keys, float scale, floa
     for (int e = 0; e < ENTRIES; e += STEP) {
         for (int c = 0; c < WHOLE; c += LANES) {
             Vec key[STEP];
-            for (int i = 0; i < STEP; ++i) key[i] = load(keys[e + i] + c);
+            for (int i = 0; i < STEP; ++i) key[i] = load_entry(keys[e + i] + c);
             for (int r = 0; r < ROWS; ++r) {
                 Vec query = load(q + r * D + c);
                 for (int i = 0; i < STEP; ++i) total[r * ENTRIES + e + i] += query * key[i];
@@ -109,7 +136,7 @@ inline void weigh_columns(
     }
     for (int e = 0; e < count; ++e) {
         Vec value[VECTORS];
-        for (int i = 0; i < VECTORS - 1; ++i) value[i] = load(values[e] + C + i * LANES);
+        for (int i = 0; i < VECTORS - 1; ++i) value[i] = load_entry(values[e] + C + i * LANES);
         value[VECTORS - 1] = load_first<REST>(values[e] + C + (VECTORS - 1) * LANES);
         for (int r = 0; r < ROWS; ++r) {
             Vec weight = splat(weights[r * KV_BLOCK + e]);
@@ -163,7 +190,7 @@ inline bool online_softmax(float* scores, int count, float& peak, float& total, 
         Vec score = load(scores + i);
         most = score > most ? score : most;
     }
-    float highest = largest(most);
+    float highest = fold(most, [](Vec a, Vec b) { return a > b ? a : b; });
     float shift = highest == -INFINITY ? 0.0f : highest;  // nothing seen yet: -inf + inf would be NaN
     Vec sum = {};
     for (int i = 0; i < padded; i += LANES) {
@@ -171,8 +198,7 @@ inline bool online_softmax(float* scores, int count, float& peak, float& total, 
         sum += load(scores + i);
     }
     keep = exp_(peak - shift);
-    float added = 0;
-    for (int lane = 0; lane < LANES; ++lane) added += sum[lane];
+    float added = fold(sum, [](Vec a, Vec b) { return a + b; });
     total = total * keep + added;
     peak = highest;
     return added != 0;
