@@ -134,14 +134,14 @@ class Epilogue:
         }
 
     def triton_lines(
-        self, value: str, row: str, column: str, row_mask: str = "", column_mask: str = ""
+        self, value: str, row: str, column: str, row_mask: str = "True", column_mask: str = "True"
     ) -> list[str]:
         """Lines that load the operands and assign the result to `value`, an fp32 tile.
 
         Args:
             value: a name in the kernel.
             row, column: expressions of int64 indices that broadcast to the tile's shape.
-            row_mask, column_mask: expressions of their validity; empty where all are valid.
+            row_mask, column_mask: expressions of their validity; `"True"` where all are valid.
         """
         lines = []
         for o in self.operands:
@@ -150,7 +150,9 @@ class Epilogue:
             at += f" + {_bracketed(row)} * {o.name}_row_stride" if row_of else ""
             at += f" + {_bracketed(column)} * {o.name}_column_stride" if column_of else ""
             masks = [
-                f"({m})" for m, used in ((row_mask, row_of), (column_mask, column_of)) if m and used
+                f"({m})"
+                for m, used in ((row_mask, row_of), (column_mask, column_of))
+                if m != "True" and used
             ]
             mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
             convert = " != 0" if o.dtype == torch.bool else ".to(tl.float32)"

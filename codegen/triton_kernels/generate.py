@@ -8,7 +8,7 @@ Two marker comments in a kernel become text of an epilogue:
 |---|---|
 | `# +operands` in the parameters | a pointer and two strides for each operand |
 | `# +epilogue: acc [row, column]` | lines that load the operands and assign to the fp32 tile `acc` |
-| `# +epilogue: acc [row, column] mask [rows_valid, columns_valid]` | the same, loads being masked |
+| `# +epilogue: acc [row, column] mask [rows_valid, columns_valid]` | the same, loads being masked; `True` for all |
 
 `row` and `column` are expressions of int64 indices that broadcast to the tile. The same kernel,
 constants and epilogue give the same text, whatever else the process did.
@@ -304,7 +304,7 @@ def _with_epilogue(source: str, epilogue: Epilogue) -> str:
             continue
         places += 1
         row, column = _pair(marker["at"])
-        masks = _pair(marker["mask"]) if marker["mask"] else ("", "")
+        masks = _pair(marker["mask"]) if marker["mask"] else ("True", "True")
         told = epilogue.triton_lines(marker["value"], row, column, *masks)
         lines += [marker["indent"] + text for text in told]
     if epilogue.steps and not places:
