@@ -1,0 +1,426 @@
+"""Attention of few new tokens over a KV cache, its entries split among programs.
+
+    out = softmax(softcap(q kᵀ · softmax_scale), masked by positions) v
+    lse = log Σ exp(the same scores)
+
+Layouts: q bhsd [batch_size, num_heads, q_len, head_dim]; the cache as in `entries`. Any strides, the
+last dimension contiguous. Partial outputs are [num_splits, batch_size, num_heads, q_len, value_dim].
+
+One program takes one KV head of one request, up to `block_m` rows and one split of the entries. The
+rows of a tile are the query heads of the group times the new tokens, so that an entry is read once
+for all of them: row r is token r % q_len of head r // q_len of the group, of request
+r // (q_len · group_size) beyond the program's own. The last part is how a prefix that many requests
+share is read once for all of them: launch with one "request" whose rows are everybody's.
+
+Entries outside of the mask's window are skipped by the bounds of the loop, and splits divide what is
+left, so they are even. Scores and sums are fp32; weights are rounded to the values' dtype for the
+second product. Rows that see nothing give 0 and an lse of -inf. Bytes moved: visible keys and values
+once, q and out once per split. Source: https://pytorch.org/blog/flash-decoding and
+https://arxiv.org/abs/2205.14135; GQA: https://arxiv.org/abs/2305.13245
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# What tl.range and tl.min give has other types inside kernels than outside.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codegen.kernel import Kernel, KernelDescription
+from codegen.triton_kernels.attention_limits import (
+    check_tensors,
+    query_positions,
+    refusal,
+    require,
+    stride_type,
+    tile_width,
+    value_width,
+    visible_entries,
+)
+from codegen.triton_kernels.entries import capacity, gathered, index_of, locate
+from codegen.triton_kernels.generate import Launch, generate, pointer, run
+from codegen.triton_kernels.merge_lse import merge_lse
+from codegen.triton_kernels.online_softmax import LOG2_E, capped, finish, fold_in
+from codegen.triton_kernels.product import product
+from codegen.triton_kernels.visibility import entry_range, sees, structure
+from rewriter.cost.cost import Cost
+from rewriter.dialect.attention import repeat_kv
+
+__all__ = [
+    "CONFIGS",
+    "DECODE_ATTENTION",
+    "DecodeAttention",
+    "DecodeConfig",
+    "attend_splits",
+    "choose_splits",
+    "config_for",
+    "decode_attention",
+    "decode_attention_kernel",
+    "decode_cost",
+    "decode_reference",
+    "merging",
+]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tile sizes of one program and how the compiler schedules it.
+
+    Attributes:
+        block_m: rows of a tile, a power of two of at least 16, the least that tensor cores take.
+        block_n: entries of a tile.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+CONFIGS = {
+    "16-bit": DecodeConfig(),
+    "16-bit wide": DecodeConfig(block_n=32),
+    "float32": DecodeConfig(block_n=16),
+    "float32 wide": DecodeConfig(block_n=16, num_warps=8),
+}
+"""By dtype and whether heads are wider than 128. Taken from what the compiler says, not from timings:
+the largest tiles that leave every value in registers on sm_80, sm_90 and gfx942 for all masks and
+layouts. fp32 products run outside of tensor cores and keep whole rows of both tiles in registers."""
+
+
+def config_for(description: KernelDescription) -> DecodeConfig:
+    """The shipped configuration."""
+    kind = "float32" if description.dtype == torch.float32 else "16-bit"
+    wide = max(description.head_dim, value_width(description)) > 128
+    return CONFIGS[f"{kind} wide" if wide else kind]
+
+
+@triton.jit
+def decode_attention_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    q_positions: tl.tensor,  # [batch_size, q_len], -1 = padding
+    index: tl.tensor,  # see `entries`
+    kv_lens: tl.tensor,  # [batch_size]: entries in use; of slots the capacity
+    out: tl.tensor,
+    lse: tl.tensor,
+    softmax_scale: tl.tensor,
+    num_kv_heads: tl.tensor,
+    q_len: tl.tensor,
+    num_rows: tl.tensor,  # of one KV head of one request, or of all that share a prefix
+    all_rows: tl.tensor,  # batch_size * num_heads * q_len
+    num_splits: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_row: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    index_batch: tl.tensor,
+    index_head: tl.tensor,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MASK: tl.constexpr,
+    SPAN: tl.constexpr,
+    NUM_SINK_TOKENS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+) -> None:
+    """One KV head of one request, up to BLOCK_M rows, one split of the entries."""
+    request = tl.program_id(0) // num_kv_heads
+    kv_head = tl.program_id(0) % num_kv_heads
+    split = tl.program_id(2)
+    r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    d = tl.arange(0, BLOCK_D)  # [D]
+    c = tl.arange(0, BLOCK_V)  # [V]
+    asks = r < num_rows
+    asker = (request + r // (q_len * GROUP_SIZE)).to(tl.int64)
+    head = kv_head * GROUP_SIZE + r // q_len % GROUP_SIZE
+    token = r % q_len
+
+    i = tl.load(q_positions + asker * q_len + token, mask=asks, other=-1).to(tl.int32)  # [M]
+    rows = asker * q_batch + head.to(tl.int64) * q_head + token.to(tl.int64) * q_row
+    queries = tl.load(
+        q + rows[:, None] + d[None, :],
+        mask=asks[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )  # [M, D]
+
+    # The entries that some row sees: the sinks [0, pinned) and [low, high). Splits divide them.
+    kv_len = tl.load(kv_lens + request).to(tl.int32)
+    low = kv_len * 0
+    high = kv_len
+    if LAYOUT != "slots":
+        first_position = tl.min(tl.where(i < 0, 2147483647, i), 0)
+        low, high = entry_range(first_position, tl.max(i, 0), kv_len, MASK, SPAN)
+    pinned = kv_len * 0
+    if MASK == "sinks_window":
+        pinned = tl.minimum(low, NUM_SINK_TOKENS)
+    visible = pinned + tl.maximum(high - low, 0)
+    share = tl.cdiv(tl.cdiv(visible, num_splits), BLOCK_N) * BLOCK_N
+    start = split * share
+    stop = tl.minimum(start + share, visible)
+
+    k += kv_head.to(tl.int64) * k_head
+    v += kv_head.to(tl.int64) * v_head
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for first in tl.range(start, stop, BLOCK_N):
+        turn = first + tl.arange(0, BLOCK_N)  # [N]
+        live = turn < stop
+        n = turn + (low - pinned)
+        if MASK == "sinks_window":
+            n = tl.where(turn < pinned, turn, n)
+        place, row, j = locate(
+            n, live, index, index_batch, index_head, request, kv_head, LAYOUT, PAGE_SIZE
+        )
+        holds = j >= 0  # empty slots may hold anything, NaN included
+        keys = tl.load(
+            k + (place * k_batch + row.to(tl.int64) * k_row)[:, None] + d[None, :],
+            mask=holds[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )  # [N, D]
+        values = tl.load(
+            v + (place * v_batch + row.to(tl.int64) * v_row)[:, None] + c[None, :],
+            mask=holds[:, None] & (c < VALUE_DIM)[None, :],
+            other=0.0,
+        )  # [N, V]
+        scores = product(queries, tl.trans(keys)) * softmax_scale  # [M, N]
+        scores = capped(scores, SOFTCAP) * LOG2_E
+        keep = sees(i[:, None], j[None, :], MASK, SPAN, NUM_SINK_TOKENS)
+        scores = tl.where(keep, scores, float("-inf"))
+        weights, shrink, peak, total = fold_in(scores, peak, total)
+        acc = acc * shrink[:, None]
+        acc += product(weights.to(values.dtype), values)  # [M, V]
+
+    result, row_lse = finish(acc, peak, total)
+    # Flat rows: [num_splits, batch_size, num_heads, q_len].
+    flat = split.to(tl.int64) * all_rows
+    flat += (asker * num_kv_heads * GROUP_SIZE + head) * q_len + token
+    tl.store(
+        out + flat[:, None] * VALUE_DIM + c[None, :],
+        result.to(out.dtype.element_ty),
+        mask=asks[:, None] & (c < VALUE_DIM)[None, :],
+    )
+    tl.store(lse + flat, row_lse, mask=asks)
+
+
+class DecodeAttention(Kernel):
+    """`decode_attention` as Triton text; it writes fp32 partial outputs, which `merge_lse` merges."""
+
+    operator: ClassVar[str] = "decode_attention"
+    backend: ClassVar[str] = "triton"
+
+    def supports(self, description: KernelDescription) -> str | None:
+        """See `Kernel.supports`. Pointwise work on the result belongs to `merge_lse`."""
+        return refusal(description, forms=("", "shared"))
+
+    def source(self, description: KernelDescription) -> str:
+        """See `Kernel.source`."""
+        require(self, description)
+        config = config_for(description)
+        head_dim, value_dim = description.head_dim, value_width(description)
+        integers = ("num_kv_heads", "q_len", "num_rows", "all_rows", "num_splits")
+        strides = [f"{tensor}_{of}" for tensor in "qkv" for of in ("batch", "head", "row")]
+        return generate(
+            decode_attention_kernel,
+            description=description,
+            source_url="https://pytorch.org/blog/flash-decoding",
+            signature={
+                **dict.fromkeys("qkv", pointer(description.dtype)),
+                **dict.fromkeys(("q_positions", "index", "kv_lens"), pointer(torch.int64)),
+                **dict.fromkeys(("out", "lse"), pointer(torch.float32)),
+                "softmax_scale": "fp32",
+                **dict.fromkeys(integers, "i32"),
+                **dict.fromkeys(strides, stride_type(head_dim, value_dim)),
+                **dict.fromkeys(("index_batch", "index_head"), "i64"),
+            },
+            constants={
+                "GROUP_SIZE": description.group_size,
+                "HEAD_DIM": head_dim,
+                "VALUE_DIM": value_dim,
+                "LAYOUT": description.layout,
+                "PAGE_SIZE": description.page_size,
+                "MASK": description.mask,
+                "SPAN": description.span,
+                "NUM_SINK_TOKENS": description.num_sink_tokens,
+                "SOFTCAP": description.softcap,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_D": tile_width(head_dim),
+                "BLOCK_V": tile_width(value_dim),
+            },
+            launch=Launch(
+                ("all_rows // num_rows", "cdiv(num_rows, BLOCK_M)", "num_splits"),
+                config.num_warps,
+                config.num_stages,
+            ),
+        )
+
+
+DECODE_ATTENTION = DecodeAttention()
+
+
+def choose_splits(description: KernelDescription, programs: int, kv_len: int, q: Tensor) -> int:
+    """Splits of at least four tiles, as many as it takes to give every multiprocessor two programs.
+
+    Args:
+        programs: of one split.
+        kv_len: the most entries of a request; q: on the device that counts.
+    """
+    if not q.is_cuda:
+        return 1
+    wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
+    tiles = triton.cdiv(visible_entries(description, kv_len), config_for(description).block_n)
+    return max(1, min(triton.cdiv(wanted, max(programs, 1)), tiles // 4))
+
+
+def attend_splits(
+    description: KernelDescription,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_positions: Tensor,
+    index: tuple[Tensor, int, int],
+    kv_lens: Tensor,
+    *,
+    softmax_scale: float,
+) -> None:
+    """Launch the kernel alone: one partial output and lse for each split.
+
+    Args:
+        out: fp32 [num_splits, batch_size, num_heads, q_len, value_dim], contiguous; written.
+        lse: fp32 [num_splits, batch_size, num_heads, q_len], contiguous; written.
+        index: from `index_of`.
+    """
+    shared = description.form == "shared"
+    (batch_size, num_heads, q_len, _), num_kv_heads = q.shape, k.shape[1]
+    num_rows = description.group_size * q_len * (batch_size if shared else 1)
+    requests, num_splits = 1 if shared else batch_size, out.shape[0]
+    block_m = config_for(description).block_m
+    grid = (requests * num_kv_heads, triton.cdiv(num_rows, block_m), num_splits)
+    sizes = (num_kv_heads, q_len, num_rows, batch_size * num_heads * q_len, num_splits)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *index[1:])
+    tensors = (q, k, v, q_positions, index[0], kv_lens, out, lse)
+    run(DECODE_ATTENTION, description, grid, (*tensors, softmax_scale, *sizes, *strides))
+
+
+def decode_attention(
+    description: KernelDescription,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    kv_lens: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q over cached entries, split and merged.
+
+    Args:
+        q: bhsd [batch_size, num_heads, q_len, head_dim].
+        k, v: the cache in the described layout (see `entries`).
+        q_positions: int64 [batch_size, q_len], -1 = padding; None = the last q_len of the capacity.
+        kv_lens: int64 [batch_size], entries in use; None = the capacity.
+        k_positions: of `slots`; block_table: of `paged`.
+        num_splits: None = from the device.
+
+    Returns:
+        out bhsd [batch_size, num_heads, q_len, value_dim] in q's dtype, and lse fp32
+        [batch_size, num_heads, q_len].
+
+    Raises:
+        InputError: tensors that are not as described.
+    """
+    check_tensors(description, q=q, k=k, v=v)
+    batch_size, num_heads, q_len, _ = q.shape
+    index = index_of(description.layout, k, k_positions, block_table)
+    kv_len = capacity(description.layout, k, index[0])
+    positions = query_positions(q, q_positions, kv_len)
+    if kv_lens is None:
+        kv_lens = torch.full((batch_size,), kv_len, device=q.device)
+    if num_splits is None:
+        num_splits = choose_splits(description, batch_size * k.shape[1], kv_len, q)
+    out = q.new_empty(
+        (num_splits, batch_size, num_heads, q_len, value_width(description)), dtype=torch.float32
+    )
+    lse = out.new_empty(out.shape[:-1])
+    attend_splits(
+        description,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        positions,
+        index,
+        kv_lens,
+        softmax_scale=softmax_scale,
+    )
+    return merge_lse(merging(description), out, lse)
+
+
+def merging(description: KernelDescription) -> KernelDescription:
+    """How the partial outputs of an attention are merged."""
+    width = value_width(description)
+    return KernelDescription(operator="merge_lse", dtype=description.dtype, head_dim=width)
+
+
+def decode_reference(
+    description: KernelDescription,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    *,
+    softmax_scale: float,
+    index: Tensor,
+    kv_lens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch: fp32 throughout, out in fp32."""
+    d = description
+    k, positions = gathered(d.layout, k, index, kv_lens)
+    v, _ = gathered(d.layout, v, index, kv_lens)
+    k, v = repeat_kv(k.float(), q.shape[1]), repeat_kv(v.float(), q.shape[1])
+    scores = q.float() @ k.mT * softmax_scale
+    if d.softcap:
+        scores = d.softcap * torch.tanh(scores / d.softcap)
+    keep = structure(q_positions.unsqueeze(1), positions, d.mask, d.span, d.num_sink_tokens)
+    keep = keep.repeat_interleave(q.shape[1] // keep.shape[1], 1)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    return weights @ v, lse
+
+
+def decode_cost(
+    description: KernelDescription, batch_size: int, num_heads: int, q_len: int, kv_len: int
+) -> Cost:
+    """Both products over the visible entries; keys and values once, queries and outputs once."""
+    width = description.head_dim + value_width(description)
+    entries = visible_entries(description, kv_len)
+    rows = batch_size * num_heads * q_len
+    cached = batch_size * num_heads // description.group_size * entries
+    moved = (cached + rows) * width * description.dtype.itemsize + 4.0 * rows
+    return Cost(2.0 * rows * entries * width, moved, 2)
