@@ -41,6 +41,20 @@ inline float tanh_(float x) {
     return x < 0 ? -result : result;
 }
 
+// The angle's quarter turns are taken off in double precision, so that large positions stay exact.
+inline float quarter_sine(float x, int turns) {
+    double angle = x, n = std::nearbyint(angle * 0.63661977236758134);
+    float r = float(angle - n * 1.5707963267948966 - n * 6.123233995736766e-17), y = r * r;
+    int quarter = (int(n) + turns) & 3;
+    float sine = r + r * y * (-1.6666654611e-1f + y * (8.3321608736e-3f - y * 1.9515295891e-4f));
+    float cosine = 1.0f - 0.5f * y
+        + y * y * (4.166664568298827e-2f + y * (-1.388731625493765e-3f + y * 2.443315711809948e-5f));
+    float result = quarter & 1 ? cosine : sine;
+    return quarter & 2 ? -result : result;
+}
+inline float sin_(float x) { return quarter_sine(x, 0); }
+inline float cos_(float x) { return quarter_sine(x, 1); }
+
 // Abramowitz and Stegun 7.1.26 is too coarse; the C library's is exact and used rarely.
 inline float erf_(float x) { return std::erf(x); }
 inline float gelu(float x) { return 0.5f * x * (1.0f + erf_(x * 0.70710678118654752f)); }

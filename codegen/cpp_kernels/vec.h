@@ -85,29 +85,6 @@ inline float largest(Vec v) {
     return result;
 }
 
-// Of `count` floats.
-inline float sum_of(const float* x, int64_t count) {
-    Vec parts[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int u = 0; u < 4; ++u) parts[u] += load(x + i + u * LANES);
-    float total = sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    for (; i < count; ++i) total += x[i];
-    return total;
-}
-inline float sum_of_squares(const float* x, int64_t count) {
-    Vec parts[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int u = 0; u < 4; ++u) {
-            Vec v = load(x + i + u * LANES);
-            parts[u] += v * v;
-        }
-    float total = sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    for (; i < count; ++i) total += x[i] * x[i];
-    return total;
-}
-
 // Part `thread` of `num_threads` of 0 .. count, in whole blocks.
 struct Range {
     int64_t begin, end;

@@ -11,6 +11,7 @@ from torch import fx
 from codegen.step.attention import emit_attention, emit_kv_append, emit_rope
 from codegen.step.plan import Planner
 from codegen.step.products import emit_gated_mlp, emit_linear, emit_mlp
+from codegen.step.streaming import emit_streaming_attention
 from codegen.step.tables import emit_cat, emit_embedding, emit_layer_norm, emit_rms_norm
 from rewriter.dialect import OPS
 
@@ -33,6 +34,7 @@ _DIALECT = {
     "mlp": emit_mlp,
     "rms_norm": emit_rms_norm,
     "rope": emit_rope,
+    "streaming_attention": emit_streaming_attention,
 }
 
 

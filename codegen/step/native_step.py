@@ -182,7 +182,9 @@ class CompiledStep:
 
     def _stage(self, stage: Any) -> tuple[list[Any], Any]:
         calls = [
-            _ExportCall(call, self._arena) if isinstance(call, Export) else _NodeCall(call, self.module)
+            _ExportCall(call, self._arena)
+            if isinstance(call, Export)
+            else _NodeCall(call, self.module)
             for call in stage.calls
         ]
         if not stage.segment.lines:

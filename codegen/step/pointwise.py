@@ -207,9 +207,7 @@ def _loop(plan: Planner, group: _Group, result: Value, parameters: Parameters) -
     ]
     lines, last = group.statements(names)
     body = [*loads, *lines, f"{out}[{_index(dims, 0)}] = {stored(result.dtype, last)};"]
-    plan.phase(
-        group.root, group.root.name, _loops(dims, body), parameters, "functions.h", "vec.h"
-    )
+    plan.phase(group.root, group.root.name, _loops(dims, body), parameters, "functions.h", "vec.h")
 
 
 def emit_copy(plan: Planner, value: Value, node: fx.Node) -> Value:

@@ -113,5 +113,7 @@ def _extent(a: int, b: int) -> Extent | None:
     for name in (ENTRIES, CAPACITY):
         more = a - _POINTS[0][name]
         if more == b - _POINTS[1][name]:
-            return name if more == 0 else f"({name} + {more})" if more > 0 else f"({name} - {-more})"
+            return (
+                name if more == 0 else f"({name} + {more})" if more > 0 else f"({name} - {-more})"
+            )
     return None

@@ -97,8 +97,7 @@ def _product(plan: Planner, node: fx.Node, x: Value, matrix: _Matrix) -> Product
     def emit(parameters: Parameters, out: str) -> None:
         pointer, value = matrix.operands(parameters)
         given = parameters.read(x)
-        finish = [] if value == "{0}" else [f"value = {value.format('value')};"]
-        body = matrix.call(given, m, pointer, "\n".join([*finish, out]))
+        body = matrix.call(given, m, pointer, _finished(value, torch.float32) + out)
         plan.phase(node, "linear", body, parameters, "gemv.h", "functions.h")
 
     return Product(node, emit)
@@ -118,15 +117,9 @@ def emit_gated_mlp(plan: Planner, node: fx.Node) -> Product:
     source, a, h = parameters.read(given), parameters.write(gated), parameters.write(hidden)
     (gate_at, gate_value), (up_at, up_value) = (w.operands(parameters) for w in (first, second))
     at = f"[m * {first.rows} + row]"
-    keep = (
-        f"value = {gate_value.format('value')};\nvalue = {stored(dtype, 'value')};\n"
-        f"{a}{at} = {stored(dtype, activation.format('value'))};"
-    )
-    join = (
-        f"value = {up_value.format('value')};\n"
-        f"value = {stored(dtype, 'value')};\n"
-        f"{h}{at} = {stored(dtype, f'{a}{at} * value')};"
-    )
+    active = stored(dtype, activation.format("value"))
+    keep = _finished(gate_value, dtype) + f"{a}{at} = {active};"
+    join = _finished(up_value, dtype) + f"{h}{at} = {stored(dtype, f'{a}{at} * value')};"
     body = first.call(source, m, gate_at, keep) + "\n" + second.call(source, m, up_at, join)
     plan.phase(node, "gate_up", body, parameters, "gemv.h", "functions.h")
     return _product(plan, node, hidden, _Matrix(plan, down, down_bias))
@@ -142,13 +135,17 @@ def emit_mlp(plan: Planner, node: fx.Node) -> Product:
     parameters = Parameters()
     source, h = parameters.read(given), parameters.write(hidden)
     pointer, value = matrix.operands(parameters)
-    out = (
-        f"value = {value.format('value')};\nvalue = {stored(dtype, 'value')};\n"
-        f"{h}[m * {matrix.rows} + row] = {stored(dtype, activation.format('value'))};"
-    )
+    active = stored(dtype, activation.format("value"))
+    out = _finished(value, dtype) + f"{h}[m * {matrix.rows} + row] = {active};"
     body = matrix.call(source, _rows(given), pointer, out)
     plan.phase(node, "up", body, parameters, "gemv.h", "functions.h")
     return _product(plan, node, hidden, _Matrix(plan, down, down_bias))
+
+
+def _finished(value: str, dtype: torch.dtype) -> str:
+    """Statements that make `value` the finished product, rounded to a dtype; none where it is."""
+    text = stored(dtype, value.format("value"))
+    return "" if text == "value" else f"value = {text};\n"
 
 
 def _activation(node: fx.Node) -> str:

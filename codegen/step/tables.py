@@ -37,10 +37,10 @@ const rw::Range mine = rw::share({count}, thread, num_threads);
 for (int64_t r = mine.begin; r < mine.end; ++r) {{
     const float* x = {source} + r * {width};
     float* y = {out} + r * {width};
-    const float scale = 1.0f / std::sqrt(rw::sum_of_squares(x, {width}) / {width} + {eps});
+    const float scale = 1.0f / std::sqrt(rw::sum_of_squares(x, 0, {width}) / {width} + {eps});
     for (int64_t i = 0; i < {width}; ++i) y[i] = {stored(result.dtype, normed)};
 }}"""
-    plan.phase(node, "rms_norm", body.strip(), parameters, "vec.h")
+    plan.phase(node, "rms_norm", body.strip(), parameters, "rms_norm.h")
     return result
 
 
@@ -62,12 +62,13 @@ const rw::Range mine = rw::share({count}, thread, num_threads);
 for (int64_t r = mine.begin; r < mine.end; ++r) {{
     const float* x = {source} + r * {width};
     float* y = {out} + r * {width};
-    const float mean = rw::sum_of(x, {width}) / {width};
+    const float mean = rw::sum_over(0, {width}, [&](int64_t i) {{ return rw::load(x + i); }},
+                                    [&](int64_t i) {{ return x[i]; }}) / {width};
     for (int64_t i = 0; i < {width}; ++i) y[i] = x[i] - mean;
-    const float scale = 1.0f / std::sqrt(rw::sum_of_squares(y, {width}) / {width} + {eps});
+    const float scale = 1.0f / std::sqrt(rw::sum_of_squares((const float*)y, 0, {width}) / {width} + {eps});
     for (int64_t i = 0; i < {width}; ++i) y[i] = {stored(result.dtype, normed)};
 }}"""
-    plan.phase(node, "layer_norm", body.strip(), parameters, "vec.h")
+    plan.phase(node, "layer_norm", body.strip(), parameters, "rms_norm.h")
     return result
 
 

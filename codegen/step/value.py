@@ -17,6 +17,7 @@ CPP_TYPES = {
     torch.bfloat16: "rw::bf16",
     torch.int64: "int64_t",
     torch.int8: "int8_t",
+    torch.bool: "bool",
 }
 """Elements that the step reads or writes where they lie."""
 
@@ -115,8 +116,7 @@ class Value:
         lead = len(shape) - len(self.shape)
         own = ((1,) * lead + self.shape, (0,) * lead + self.strides)
         strides = tuple(
-            stride if have == want else 0
-            for want, have, stride in zip(shape, *own, strict=True)
+            stride if have == want else 0 for want, have, stride in zip(shape, *own, strict=True)
         )
         return replace(self, shape=tuple(shape), strides=strides)
 
@@ -126,7 +126,9 @@ class Value:
             return self
         own = [(e, s) for e, s in zip(self.fixed_shape, self.strides, strict=True) if e != 1]
         strides: list[Extent] = []
-        left = 1  # extent of the current run of own dimensions that is not used up, from the last on
+        left = (
+            1  # extent of the current run of own dimensions that is not used up, from the last on
+        )
         stride: Extent = 1
         for extent in reversed(shape):
             if extent == 1:
