@@ -1,0 +1,1 @@
+"""Cases of `cpu_kernels.py`, one file a kernel."""

@@ -1,0 +1,124 @@
+"""A gated feed-forward block over a part of its neurons, against all of it by dense kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from codegen.cpp_kernels.compiler import compile_library, inline_headers
+from codegen.cpp_kernels.gathered_mlp import (
+    cost,
+    gathered_mlp,
+    kept_largest,
+    reference,
+    threshold_mlp,
+    top_k_mlp,
+)
+from codegen.cpp_kernels.gemv import CPP_TYPES
+from cpu_kernels.case import Candidate, Case
+
+__all__ = ["cases"]
+
+INTERMEDIATE_SIZE, HIDDEN_SIZE = 8192, 2048
+DENSITIES = (0.1, 0.25, 0.5, 0.75, 0.9)
+_DENSE = """\
+#include "functions.h"
+#include "gemv.h"
+#include "parallel.h"
+
+typedef {type} Element;
+
+// x, gate, up as in the gathered block; down [out_size, intermediate_size].
+extern "C" void dense(const Element* x, const Element* gate, const Element* up, const Element* down,
+                      Element* out, float* wide, float* active, int64_t intermediate_size,
+                      int64_t hidden_size, int threads) {{
+    rw::parallel(threads, [&](int thread, int num_threads) {{
+        rw::widen(x, 0, wide, 1, hidden_size, thread, num_threads);
+        rw::barrier();
+        rw::gemv_pair(gate, up, hidden_size, wide, intermediate_size, hidden_size,
+                      [&](int64_t i, float g, float u) {{ active[i] = rw::silu(g) * u; }},
+                      thread, num_threads);
+        rw::barrier();
+        rw::gemv(down, intermediate_size, active, hidden_size, intermediate_size,
+                 [&](int64_t i, float value) {{ out[i] = rw::from_float<Element>(value); }},
+                 thread, num_threads);
+    }});
+}}
+"""
+
+
+def cases() -> Iterator[Case]:
+    """Both dtypes; the dense block comes first, so that times are shares of its."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(dtype)
+
+
+def _case(dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    size = INTERMEDIATE_SIZE, HIDDEN_SIZE
+    weights = torch.randn(3, *size, generator=generator).div(HIDDEN_SIZE**0.5).to(dtype)
+    gate, up, down = weights
+    x = torch.randn(1, HIDDEN_SIZE, generator=generator).to(dtype)
+    gated = torch.nn.functional.silu(x.float() @ gate.float().T)[0]
+    everything = torch.arange(INTERMEDIATE_SIZE)
+    dense = functools.partial(_dense, x, gate, up, down.T.contiguous())
+    candidates = [Candidate("dense", dense, float(weights.nbytes))]
+    for density in DENSITIES:
+        candidates += _sparse(x, gate, up, down, gated, density, generator)
+    return Case(
+        kernel="gathered_mlp",
+        name=f"{INTERMEDIATE_SIZE}x{HIDDEN_SIZE} {str(dtype).removeprefix('torch.')}",
+        candidates=candidates,
+        expected=reference(x, gate, up, down, everything, activation="silu"),
+        tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+        buffer=weights,
+    )
+
+
+def _sparse(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gated: Tensor,
+    density: float,
+    generator: torch.Generator,
+) -> Iterator[Candidate]:
+    """The three forms at one density, each with what it has to give."""
+    keep = int(density * INTERMEDIATE_SIZE)
+    given = torch.randperm(INTERMEDIATE_SIZE, generator=generator)[:keep].sort().values
+    largest = kept_largest(gated, keep)
+    ordered = gated.abs().sort(descending=True).values
+    threshold = ordered[keep - 1 : keep + 1].mean().item()  # between the last kept and the next
+    for name, call, indices in (
+        ("given", lambda: gathered_mlp(x, gate, up, down, given, activation="silu"), given),
+        ("top-k", lambda: top_k_mlp(x, gate, up, down, keep, activation="silu"), largest),
+        (
+            "threshold",
+            lambda: threshold_mlp(x, gate, up, down, threshold, activation="silu"),
+            largest,
+        ),
+    ):
+        moved = cost(x, gate, down, keep, gate_is_dense=name != "given").bytes_moved
+        expected = reference(x, gate, up, down, indices, activation="silu")
+        yield Candidate(f"{name} {density:.2f}", call, moved, expected)
+
+
+def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    wide, active = torch.empty(HIDDEN_SIZE), torch.empty(INTERMEDIATE_SIZE)
+    places = (t.data_ptr() for t in (x, gate, up, down, out, wide, active))
+    _entry(x.dtype)(*places, INTERMEDIATE_SIZE, HIDDEN_SIZE, torch.get_num_threads())
+    return out
+
+
+@functools.cache
+def _entry(dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    function = compile_library(inline_headers(_DENSE.format(type=CPP_TYPES[dtype]))).dense
+    function.argtypes = [*[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    function.restype = None
+    return function
