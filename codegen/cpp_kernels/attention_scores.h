@@ -37,8 +37,9 @@ struct Scores {
     float softcap = 0;
     const int64_t* q_positions = nullptr;  // else the last q_len of kv_len; -1 sees nothing
     const int64_t* k_positions = nullptr;  // else the entry's number; -1 is not seen
-    int64_t q_batch = 0, k_batch = 0;
-    const int64_t* distance = nullptr;  // i - j where positions do not tell it, [batch, q_len, kv_len]
+    int64_t q_batch = 0, k_batch = 0, k_head = 0;
+    const int64_t* distance = nullptr;  // i - j where positions do not tell it, [batch, q_len, kv_len];
+                                        // not for masks that ask where i or j is
     int64_t distance_batch = 0, distance_row = 0;
     const float* bias = nullptr;  // [batch, heads, q_len, kv_len]
     int64_t bias_batch = 0, bias_head = 0, bias_row = 0, bias_entry = 0;
@@ -59,14 +60,16 @@ struct Scores {
             for (int e = 0; e < count; ++e) s[e] = b[(first + e) * seen_entry] ? s[e] : -INFINITY;
         }
         if (!slopes && mask == Mask::FULL && !q_positions && !k_positions) return;
-        int64_t i = q_positions ? q_positions[batch * q_batch + query] : kv_len - q_len + query;
+        int64_t i = distance ? FAR : q_positions ? q_positions[batch * q_batch + query] : kv_len - q_len + query;
         int64_t entries[KV_BLOCK];
         if (distance) {
             const int64_t* far = distance + batch * distance_batch + query * distance_row + first;
             for (int e = 0; e < count; ++e) entries[e] = i - far[e];
+        } else if (k_positions) {
+            const int64_t* at = k_positions + batch * k_batch + kv_head * k_head + first;
+            for (int e = 0; e < count; ++e) entries[e] = at[e];
         } else {
-            for (int e = 0; e < count; ++e)
-                entries[e] = k_positions ? k_positions[batch * k_batch + first + e] : first + e;
+            for (int e = 0; e < count; ++e) entries[e] = first + e;
         }
         if (slopes)
             for (int e = 0; e < count; ++e) s[e] += slopes[head] * float(entries[e] - i);
@@ -74,6 +77,7 @@ struct Scores {
     }
 
   private:
+    static constexpr int64_t FAR = int64_t(1) << 40;
     template <typename Rule> static void apply(const int64_t* j, int count, float* s, Rule visible) {
         for (int e = 0; e < count; ++e) s[e] = (visible(j[e]) && j[e] >= 0) ? s[e] : -INFINITY;
     }
