@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from codegen.step.extent import Extent
-from codegen.step.pointwise import Expression, Product, emit_expression, is_pointwise
+from codegen.step.pointwise import Expression, Product, emit_expression, why_not_pointwise
 from codegen.step.probe import TensorFact
 from codegen.step.text import Arena, Parameters, Segment
 from codegen.step.value import CPP_TYPES, Place, Refusal, Value, contiguous_strides
@@ -139,6 +139,14 @@ class Planner:
             raise Refusal(f"{node.name} is not one tensor")
         return value
 
+    def is_mutable(self, node: fx.Node) -> bool:
+        """Whether a node is state, or a view of it."""
+        value = self.values.get(node)
+        slot = value.place.slot if isinstance(value, Value) else None
+        return node.name in self.mutable or (
+            slot is not None and self.slots[slot].key in self.mutable
+        )
+
     def contiguous(self, node: Any) -> Value:
         """Like `tensor`, in row-major order."""
         value = self.tensor(node)
@@ -190,10 +198,11 @@ class Planner:
                 self.values[node] = VIEWS[node.target](self, node)
             elif node.target in self.emitters:
                 self.values[node] = self.emitters[node.target](self, node)
-            elif is_pointwise(self, node):
-                self.values[node] = Expression(node)
             else:
-                raise Refusal("no C++ for this operator")
+                reason = why_not_pointwise(self, node)
+                if reason is not None:
+                    raise Refusal(reason)
+                self.values[node] = Expression(node)
         except Refusal as reason:
             self.refusals[node.name] = f"{node.target}: {reason}"
             self.values.pop(node, None)

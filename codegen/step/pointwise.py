@@ -22,10 +22,11 @@ from codegen.step.value import Refusal, Value, contiguous_strides
 if TYPE_CHECKING:
     from codegen.step.plan import Planner
 
-__all__ = ["Expression", "Product", "emit_copy", "emit_expression", "is_pointwise", "stored"]
+__all__ = ["Expression", "Product", "emit_copy", "emit_expression", "stored", "why_not_pointwise"]
 
 aten = torch.ops.aten
 _FLOATS = (torch.float32, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)
 _CASTS = (aten._to_copy.default, aten.to.dtype)
 
 
@@ -49,26 +50,39 @@ class Product:
     emit: Callable[[Parameters, str], None]
 
 
-def is_pointwise(plan: Planner, node: fx.Node) -> bool:
-    """Whether a node can become part of a loop."""
+def why_not_pointwise(plan: Planner, node: fx.Node) -> str | None:
+    """Why a node cannot become part of a loop; None where it can."""
     fact = plan.facts.get(node)
     if not isinstance(fact, TensorFact) or not all(isinstance(e, int) for e in fact.shape):
-        return False
-    readable = all(isinstance(plan.facts.get(n), TensorFact) for n in node.all_input_nodes)
-    floats = fact.dtype in (*_FLOATS, torch.bool)
-    return readable and floats and not isinstance(_calls(plan, node), str)
+        return "its shape is not known, or grows"
+    if not all(isinstance(plan.facts.get(n), TensorFact) for n in node.all_input_nodes):
+        return "it reads what is not a tensor"
+    if fact.dtype not in (*_FLOATS, torch.bool):
+        return f"it gives {fact.dtype}"
+    if any(plan.is_mutable(n) for n in node.all_input_nodes):
+        return "it reads state, which may change before the result is needed"
+    calls = _calls(plan, node)
+    return calls if isinstance(calls, str) else None
 
 
 def _calls(plan: Planner, node: fx.Node) -> tuple[Call, ...] | str:
-    """As `translate`; a cast of integers to fp32 is what loading one does anyway."""
+    """As `translate`, with dtypes from what is known of this step."""
     source = node.args[0] if node.args else None
-    fact = plan.facts.get(source) if isinstance(source, fx.Node) else None
-    whole = isinstance(fact, TensorFact) and fact.dtype in (torch.int64, torch.int32)
-    if whole and node.target in _CASTS and plan.fact(node).dtype == torch.float32:
+    facts = [plan.facts.get(n) for n in node.all_input_nodes]
+    whole = any(isinstance(f, TensorFact) and f.dtype in _INTEGERS for f in facts)
+    if node.target in _CASTS and isinstance(source, fx.Node):
+        return _cast(source, plan.fact(source).dtype, plan.fact(node).dtype)
+    return "it computes with integers" if whole else translate(node)
+
+
+def _cast(source: fx.Node, before: torch.dtype, after: torch.dtype) -> tuple[Call, ...] | str:
+    if before == after or (after == torch.float32 and before != torch.bool):
         return (Call("copy", (source,)),)
-    if whole:
-        return "it computes with integers"
-    return translate(node)
+    if before == torch.bool and after in _FLOATS:
+        return (Call("float_of_bool", (source,)),)
+    if before == torch.float32 and after == torch.bfloat16:
+        return (Call("round_bfloat16", (source,)),)
+    return f"it casts {before} to {after}"
 
 
 class _Group:
@@ -187,7 +201,7 @@ def _last(shape: tuple[Any, ...]) -> int:
 
 
 def _load(name: str, pointer: str, value: Value, index: str) -> str:
-    whole = value.place.element in ("int64_t", "int32_t")
+    whole = value.place.element in ("int64_t", "int32_t", "bool")
     convert = "float" if whole else "rw::to_float"
     return f"const float {name} = {convert}({pointer}[{index}]);"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,34 @@ def _reshape(plan: Planner, node: fx.Node) -> Value:
     return copied
 
 
+def _split(plan: Planner, node: fx.Node) -> tuple[Value, ...]:
+    """Parts along a dimension, whose extents are facts."""
+    value = plan.tensor(node.args[0])
+    given: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    parts, first = [], 0
+    for fact in plan.facts.get(node, ()):
+        extent = fact.shape[given]
+        if not isinstance(extent, int):
+            raise Refusal("splits a growing dimension")
+        parts.append(value.sliced(given, first, extent))
+        first += extent
+    return tuple(parts)
+
+
+def _unbind(plan: Planner, node: fx.Node) -> tuple[Value, ...]:
+    value = plan.tensor(node.args[0])
+    dim = _int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
+    return tuple(value.selected(dim, i) for i in range(value.fixed_shape[dim]))
+
+
+def _getitem(plan: Planner, node: fx.Node) -> Value:
+    source, index = node.args
+    parts = plan.values.get(source) if isinstance(source, fx.Node) else None
+    if not isinstance(parts, tuple):
+        raise Refusal("a part of what PyTorch gives")
+    return parts[_int(index)]
+
+
 def _same(plan: Planner, node: fx.Node) -> Value:
     return plan.tensor(node.args[0])
 
@@ -101,7 +130,7 @@ def _int(argument: Any) -> int:
     return argument
 
 
-VIEWS: dict[Any, Callable[[Planner, fx.Node], Value]] = {
+VIEWS: dict[Any, Callable[[Planner, fx.Node], Value | tuple[Value, ...]]] = {
     aten.transpose.int: _transpose,
     aten.t.default: _t,
     aten.permute.default: _permute,
@@ -115,6 +144,11 @@ VIEWS: dict[Any, Callable[[Planner, fx.Node], Value]] = {
     aten.reshape.default: _reshape,
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.chunk.default: _split,
+    aten.unbind.int: _unbind,
+    operator.getitem: _getitem,
     aten.alias.default: _same,
     aten.detach.default: _same,
     aten.contiguous.default: _contiguous,
