@@ -1,0 +1,52 @@
+"""This project: `rewriter.optimize`, with a backend and, for int8, a pass for the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rewriter
+from peers.hugging_face import llama_facts, read_model
+from peers.peer import Facts, Unavailable
+from rewriter.errors import ConfigError
+
+__all__ = ["load"]
+
+INT8_PASS = "int8-weights"
+
+
+def load(model_dir: Path, dtype: str, threads: int, *, backend: str) -> Rewritten:
+    """Raises Unavailable where a backend or a pass is."""
+    torch.set_num_threads(threads)
+    model = read_model(model_dir)
+    passes: Any = ["default", INT8_PASS] if dtype == "int8" else "default"
+    try:
+        optimized = rewriter.optimize(model, passes=passes, backend=backend)
+    except ConfigError as error:
+        raise Unavailable(str(error)) from error
+    settings = f"passes {passes}" if dtype == "int8" else "passes default"
+    return Rewritten(optimized, llama_facts(model, f"{settings}, backend {backend}"))
+
+
+class Rewritten:
+    """An optimized model with a session."""
+
+    def __init__(self, optimized: Any, facts: Facts) -> None:
+        self._optimized = optimized
+        weights = sum(t.nbytes for t in _weights(optimized.module))
+        self.facts = dataclasses.replace(facts, weight_bytes=weights)
+
+    def prefill(self, tokens: Sequence[int], capacity: int) -> Any:
+        self._session = self._optimized.session(1, capacity=capacity)
+        return self._session.run(torch.tensor([tokens]), logits_to_keep=1)[0, -1]
+
+    def step(self, token: int) -> Any:
+        return self._session.run(torch.tensor([[token]]), logits_to_keep=1)[0, -1]
+
+
+def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
