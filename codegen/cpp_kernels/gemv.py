@@ -31,6 +31,7 @@ _SOURCE = "https://arxiv.org/abs/2208.07339"
 MAX_VECTORS = 8
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "rw::bf16", torch.int8: "int8_t"}
 """Element types of weights in C++; activations have the first two."""
+_ACTIVATION_TYPES = (torch.float32, torch.bfloat16)
 
 _TEXT = """\
 #include "functions.h"
@@ -71,7 +72,7 @@ class Gemv(Kernel):
     def supports(self, description: KernelDescription) -> str | None:
         """A reason for other dtypes or more vectors; None otherwise."""
         weight_dtype = description.weight_dtype or description.dtype
-        if description.dtype not in (torch.float32, torch.bfloat16):
+        if description.dtype not in _ACTIVATION_TYPES:
             return f"dtype={dtype_name(description.dtype)}: float32 or bfloat16"
         if weight_dtype not in CPP_TYPES:
             return f"weight_dtype={dtype_name(weight_dtype)}: float32, bfloat16 or int8"
@@ -130,9 +131,9 @@ def gemv(
         ConfigError: no compiler.
     """
     out_size, in_size = _checked(x, weight, scale, bias)
-    flat = x.reshape(-1, in_size)
+    vectors = x.shape[:-1].numel()
+    flat = x.reshape(vectors, in_size)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    vectors = flat.shape[0]
     dtype = (epilogue.dtype if epilogue else None) or x.dtype
     out = x.new_empty((vectors, out_size), dtype=dtype)
     if out.numel() == 0:
@@ -196,28 +197,32 @@ def cost(x: Tensor, weight: Tensor) -> Cost:
 def _checked(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> tuple[int, int]:
-    """out_size and in_size."""
-    if (
-        weight.dim() != 2
-        or weight.dtype not in CPP_TYPES
-        or (weight.shape[1] and weight.stride(1) != 1)
-    ):
-        _refuse("weight", weight, "a float32, bfloat16 or int8 matrix with adjacent columns")
+    """out_size and in_size. Written for few calls: on small matrices they are what costs."""
+    if weight.dim() != 2 or weight.dtype not in CPP_TYPES:
+        _refuse("weight", weight, "a float32, bfloat16 or int8 matrix")
     out_size, in_size = weight.shape
-    if x.dtype not in (torch.float32, torch.bfloat16) or not x.dim() or x.shape[-1] != in_size:
+    if weight.stride(1) != 1 and in_size > 1:
+        _refuse("weight", weight, "a matrix with adjacent columns")
+    shape = x.shape
+    if x.dtype not in _ACTIVATION_TYPES or not shape or shape[-1] != in_size:
         _refuse("x", x, f"float32 or bfloat16 with a last dimension of {in_size}")
-    if x.shape[:-1].numel() > MAX_VECTORS:
+    if shape[:-1].numel() > MAX_VECTORS:
         _refuse("x", x, f"at most {MAX_VECTORS} vectors")
+    if not (x.is_cpu and weight.is_cpu):
+        raise InputError("device is not allowed: all tensors on the CPU")
     if (scale is not None) != (weight.dtype == torch.int8):
         raise InputError("scale is not allowed: one for each row of int8 weights, none for others")
-    for name, tensor, dtype in (("scale", scale, torch.float32), ("bias", bias, x.dtype)):
-        if tensor is not None and (
-            tensor.shape != (out_size,) or tensor.dtype != dtype or not tensor.is_contiguous()
-        ):
-            _refuse(name, tensor, f"{out_size} adjacent numbers, {dtype_name(dtype)}")
-    if any(t is not None and t.device.type != "cpu" for t in (x, weight, scale, bias)):
-        raise InputError("device is not allowed: all tensors on the CPU")
+    if scale is not None:
+        _check_row_numbers("scale", scale, out_size, torch.float32)
+    if bias is not None:
+        _check_row_numbers("bias", bias, out_size, x.dtype)
     return out_size, in_size
+
+
+def _check_row_numbers(name: str, tensor: Tensor, out_size: int, dtype: torch.dtype) -> None:
+    adjacent = tensor.shape == (out_size,) and tensor.is_contiguous()
+    if tensor.dtype != dtype or not adjacent or not tensor.is_cpu:
+        _refuse(name, tensor, f"{out_size} adjacent numbers on the CPU, {dtype_name(dtype)}")
 
 
 def _refuse(name: str, tensor: Tensor, allowed: str) -> None:
