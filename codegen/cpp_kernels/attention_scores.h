@@ -5,6 +5,11 @@
 
 namespace rw {
 
+struct AttentionShape {
+    int64_t batch_size, num_kv_heads, group_size, q_len;
+    int64_t rows() const { return group_size * q_len; }
+};
+
 // Entries that some query of a batch row may see: two ranges [first, last), the second after the first;
 // either may be empty.
 struct Spans {

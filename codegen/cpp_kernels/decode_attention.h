@@ -13,11 +13,6 @@
 
 namespace rw {
 
-struct AttentionShape {
-    int64_t batch_size, num_kv_heads, group_size, q_len;
-    int64_t rows() const { return group_size * q_len; }
-};
-
 inline int64_t attention_part(int64_t rows, int dv) { return (rows * (dv + 2) + 15) / 16 * 16; }
 inline int64_t attention_thread_scratch(int64_t rows, int dv) {
     return 2 * attention_part(rows, dv) + rows * KV_BLOCK + (rows + 15) / 16 * 16;
