@@ -1,9 +1,8 @@
 // Products of a few fp32 vectors with the rows of a matrix: each weight is read once, by one thread.
 //
 // A block of up to 8 rows is read side by side, one cache line of each at a time: more streams keep more
-// reads in flight than one does, and x is loaded once for all of them. The lines half a kilobyte ahead are
-// asked for early; at the end of a row those are the first ones of the block that comes next, wherever it
-// is. Weights are fp32, bf16 or int8 and become fp32 in registers; sums are fp32.
+// reads in flight than one does, and x is loaded once for all of them. Lines further ahead are asked for
+// early; at the end of a row those are the first ones of the block that comes next, wherever it is. Weights are fp32, bf16 or int8 and become fp32 in registers; sums are fp32.
 #pragma once
 #include "vec.h"
 #if defined(__AVX2__)
@@ -55,14 +54,15 @@ constexpr int rows_per_block(int vectors) {
     return rows;
 }
 
-constexpr int64_t LINE_BYTES = 64, AHEAD_BYTES = 512;
+// What is asked for early, of all rows of a block together: fewer rows look further ahead.
+constexpr int64_t LINE_BYTES = 64, AHEAD_BYTES = 4096;
 
 // add(c) for vectors at c = 0, LANES, ... of R rows, a cache line of each row after the other; the lines ahead,
 // and towards the end the beginnings of `next`, are on their way. Returns where less than a vector is left.
 template <int R, typename W, typename Add>
 inline int64_t read_side_by_side(const W* const (&rows)[R], const W* const (&next)[R], int64_t columns,
                                  Add&& add) {
-    constexpr int64_t STEP = LINE_BYTES / sizeof(W), AHEAD = AHEAD_BYTES / sizeof(W);
+    constexpr int64_t STEP = LINE_BYTES / sizeof(W), AHEAD = AHEAD_BYTES / R / sizeof(W);
     int64_t c = 0, whole = columns - columns % STEP;
     for (; c + AHEAD < whole; c += STEP) {
 #pragma GCC unroll 8
@@ -133,13 +133,30 @@ inline void widen(const T* x, int64_t stride, float* wide, int64_t vectors, int6
 }
 
 // out(row, m, w[row] . x[m]) for M vectors x [M, columns]; w [rows, columns], both with a stride of rows.
+// More than two vectors do not stay in the first cache, so 64 rows at a time meet a part of the columns.
 template <int M, typename W, typename Out>
 inline void gemm_rows(const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t rows,
                       int64_t columns, Out&& out, int thread, int num_threads) {
     constexpr int R = rows_per_block(M);
     Range mine = share(rows, thread, num_threads, R);
-    auto row_at = [&](int64_t i) { return w + i * stride; };
-    sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, out);
+    if constexpr (M <= 2) {
+        auto row_at = [&](int64_t i) { return w + i * stride; };
+        sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, out);
+    } else {
+        constexpr int64_t PANEL = 64, PART = 8192 / M / 64 * 64;
+        for (int64_t first = mine.begin; first < mine.end; first += PANEL) {
+            float sums[PANEL][M] = {};
+            int64_t count = mine.end - first < PANEL ? mine.end - first : PANEL;
+            for (int64_t c = 0; c < columns; c += PART) {
+                auto row_at = [&](int64_t i) { return w + (first + i) * stride + c; };
+                auto add = [&](int64_t i, int m, float value) { sums[i][m] += value; };
+                int64_t width = columns - c < PART ? columns - c : PART;
+                sweep_rows<R, M>(0, count, row_at, x + c, x_stride, width, add);
+            }
+            for (int64_t i = 0; i < count; ++i)
+                for (int m = 0; m < M; ++m) out(first + i, m, sums[i][m]);
+        }
+    }
 }
 
 // out(row, w[row] . x) for one vector x [columns].

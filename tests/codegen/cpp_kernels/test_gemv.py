@@ -44,7 +44,7 @@ def check(x: Tensor, weight: Weights, threads: int, isa: str = "native") -> None
 def test_instruction_sets(
     isa: str, dtype: torch.dtype, weight_dtype: torch.dtype, vectors: int
 ) -> None:
-    for out_size, in_size in itertools.product((1, 7, 63, 65), (1, 7, 63, 65, 1027)):
+    for out_size, in_size in itertools.product((1, 7, 63, 65), (1, 7, 63, 65, 3001)):
         x = torch.randn(vectors, in_size).to(dtype)
         for threads in (1, 2, 3):
             check(x, weights(out_size, in_size, weight_dtype), threads, isa)
@@ -58,8 +58,8 @@ def test_instruction_sets(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    out_size=st.integers(1, 70),
-    in_size=st.one_of(st.integers(0, 200), st.integers(500, 700)),
+    out_size=st.integers(1, 140),
+    in_size=st.one_of(st.integers(0, 200), st.integers(1000, 1100), st.integers(2040, 2060)),
     threads=st.integers(1, 3),
 )
 def test_shapes(
@@ -179,7 +179,10 @@ MUTATIONS = (
     ("whole = columns - columns % STEP", "whole = columns"),
     ("rows[r] = row_at(i + r)", "rows[r] = row_at(i)"),
     ("sweep_rows<R / 2, M>(i, end", "sweep_rows<R / 2, M>(i + 1, end"),
-    ("return w + i * stride;", "return w + i;"),
+    ("w + (first + i) * stride + c;", "w + first + i * stride + c;"),
+    ("sums[i][m] += value;", "sums[i][m] = value;"),
+    ("row_at, x + c, x_stride", "row_at, x, x_stride"),
+    ("out(first + i, m, sums[i][m])", "out(first + i, m, sums[i][0])"),
     (
         "wide[m * columns + c] = to_float(x[m * stride + c])",
         "wide[m * columns + c] = to_float(x[c])",
@@ -193,7 +196,7 @@ MUTATIONS = (
 
 @pytest.mark.parametrize(("old", "new"), MUTATIONS)
 def test_mutations_are_noticed(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(3, 157).to(BF16), weights(45, 157, INT8)
+    x, weight = torch.randn(3, 3001).to(BF16), weights(139, 3001, INT8)
     check(x, weight, 2)
     mutate(monkeypatch, kernel, old, new)
     with pytest.raises(AssertionError):
