@@ -83,21 +83,27 @@ class DecodeConfig:
 
 
 CONFIGS = {
-    "16-bit": DecodeConfig(),
-    "16-bit wide": DecodeConfig(block_n=32),
-    "float32": DecodeConfig(block_n=16),
-    "float32 wide": DecodeConfig(block_n=16, num_warps=8),
+    "16-bit 64": DecodeConfig(),
+    "16-bit 128": DecodeConfig(),
+    "16-bit 256": DecodeConfig(block_n=32),
+    "16-bit 64 shared": DecodeConfig(128, 64, num_warps=8),
+    "16-bit 128 shared": DecodeConfig(128, 32, num_warps=8, num_stages=3),
+    "16-bit 256 shared": DecodeConfig(32, 32),
+    "float32 64": DecodeConfig(block_n=32, num_warps=8, num_stages=1),
+    "float32 128": DecodeConfig(block_n=16),
+    "float32 256": DecodeConfig(block_n=16, num_warps=8),
 }
-"""By dtype and whether heads are wider than 128. Taken from what the compiler says, not from timings:
-the largest tiles that leave every value in registers on sm_80, sm_90 and gfx942 for all masks and
-layouts. fp32 products run outside of tensor cores and keep whole rows of both tiles in registers."""
+"""By dtype, the widest head, and whether requests share the entries, which gives many rows. Taken from
+what the compiler says, not from timings: large tiles that leave every value in registers on sm_80, sm_90
+and gfx942. fp32 products run outside of tensor cores and keep whole rows of both tiles in registers."""
 
 
 def config_for(description: KernelDescription) -> DecodeConfig:
     """The shipped configuration."""
     kind = "float32" if description.dtype == torch.float32 else "16-bit"
-    wide = max(description.head_dim, value_width(description)) > 128
-    return CONFIGS[f"{kind} wide" if wide else kind]
+    width = max(description.head_dim, value_width(description))
+    key = f"{kind} {64 if width <= 64 else 128 if width <= 128 else 256}"
+    return CONFIGS.get(f"{key} {description.form}", CONFIGS[key])
 
 
 @triton.jit
@@ -222,7 +228,10 @@ def decode_attention_kernel(
 
 
 class DecodeAttention(Kernel):
-    """`decode_attention` as Triton text; it writes fp32 partial outputs, which `merge_lse` merges."""
+    """`decode_attention` as Triton text; it writes fp32 partial outputs, which `merge_lse` merges.
+
+    With `form="shared"` there is one request's worth of entries, which all requests attend to.
+    """
 
     operator: ClassVar[str] = "decode_attention"
     backend: ClassVar[str] = "triton"

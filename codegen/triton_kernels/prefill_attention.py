@@ -77,16 +77,16 @@ class PrefillConfig:
 
 
 CONFIGS = {
-    "16-bit 64": PrefillConfig(64, 64),
-    "16-bit 128": PrefillConfig(64, 64),
+    "16-bit 64": PrefillConfig(128, 64, num_warps=8),
+    "16-bit 128": PrefillConfig(128, 32, num_warps=8, num_stages=3),
     "16-bit 256": PrefillConfig(64, 32, num_warps=8),
-    "float32 64": PrefillConfig(16, 16),
-    "float32 128": PrefillConfig(16, 16),
-    "float32 256": PrefillConfig(16, 16, num_warps=8),
+    "float32 64": PrefillConfig(32, 32, num_warps=8),
+    "float32 128": PrefillConfig(32, 32, num_warps=8),
+    "float32 256": PrefillConfig(16, 16, num_warps=8, num_stages=1),
 }
-"""By dtype and the widest head. Taken from what the compiler says, not from timings: the largest tiles
-that leave every value in registers on sm_80, sm_90 and gfx942. fp32 products run outside of tensor cores
-and keep whole rows of both tiles in registers."""
+"""By dtype and the widest head. Taken from what the compiler says, not from timings: large tiles that fit
+into 64 KiB of shared memory on gfx942 and leave every value of heads up to 128 in registers on sm_80, sm_90
+and gfx942. fp32 products run outside of tensor cores and keep whole rows of both tiles in registers."""
 
 
 def config_for(description: KernelDescription) -> PrefillConfig:
