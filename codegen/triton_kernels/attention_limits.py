@@ -14,6 +14,7 @@ from rewriter.errors import ConfigError, InputError
 
 __all__ = [
     "MAX_HEAD_DIM",
+    "check_cache",
     "check_tensors",
     "query_positions",
     "refusal",
@@ -113,6 +114,44 @@ def check_tensors(description: KernelDescription, **tensors: Tensor) -> None:
         raise InputError(f"{told}, allowed: {description.group_size} times as many")
 
 
+def check_cache(
+    description: KernelDescription,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    index: Tensor,
+    **integers: Tensor,
+) -> None:
+    """Everything must be there for every request, so that a kernel reads nothing outside.
+
+    Contents are not looked at: lengths must not exceed the capacity, and pages must exist.
+
+    Args:
+        q: [batch_size, ...]; index: what the layout calls so.
+        integers: of [batch_size] each.
+
+    Raises:
+        InputError: a tensor of another shape, or integers that are none.
+    """
+    batch_size, paged = q.shape[0], description.layout == "paged"
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise InputError(f"v: shape {tuple(v.shape)}, allowed: {tuple(k.shape[:3])} and its width")
+    if not paged and k.shape[0] != batch_size:
+        raise InputError(f"k: {k.shape[0]} requests, allowed: {batch_size}, as q has")
+    if paged and (index.shape[:-1] != (batch_size,) or k.shape[2] != description.page_size):
+        told = f"block_table {tuple(index.shape)}, pages of {k.shape[2]}"
+        raise InputError(f"{told}, allowed: ({batch_size}, pages), {description.page_size}")
+    slots = ((batch_size, k.shape[2]), (batch_size, 1, k.shape[2]), (batch_size, *k.shape[1:3]))
+    if description.layout == "slots" and tuple(index.shape) not in slots:
+        raise InputError(f"k_positions: shape {tuple(index.shape)}, allowed: one of {slots}")
+    for name, tensor in {"index": index, **integers}.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"{name}: {tensor.dtype}, allowed: int32 or int64")
+    for name, tensor in integers.items():
+        if tuple(tensor.shape) != (batch_size,) or not tensor.is_contiguous():
+            raise InputError(f"{name}: shape {tuple(tensor.shape)}, allowed: ({batch_size},)")
+
+
 def query_positions(q: Tensor, given: Tensor | None, kv_len: int) -> Tensor:
     """Contiguous int64 [batch_size, q_len]; None = the queries are the last of kv_len entries.
 
@@ -123,9 +162,9 @@ def query_positions(q: Tensor, given: Tensor | None, kv_len: int) -> Tensor:
     if given is None:
         last = torch.arange(kv_len - q.shape[2], kv_len, device=q.device)
         return last.expand(shape).contiguous()
-    if tuple(given.shape) != shape or given.dtype != torch.int64:
+    if tuple(given.shape) != shape or given.dtype not in (torch.int32, torch.int64):
         told = f"{given.dtype} {tuple(given.shape)}"
-        raise InputError(f"q_positions: {told}, allowed: int64 {shape}")
+        raise InputError(f"q_positions: {told}, allowed: int32 or int64 {shape}")
     return given.contiguous()
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
+    check_cache,
     check_tensors,
     refusal,
     require,
@@ -124,9 +125,9 @@ def column_sums_kernel(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """BLOCK_N entries of one KV head."""
-    request = tl.program_id(1) // num_kv_heads
-    kv_head = tl.program_id(1) % num_kv_heads
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    request = tl.program_id(0) // num_kv_heads
+    kv_head = tl.program_id(0) % num_kv_heads
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     d = tl.arange(0, BLOCK_D)  # [D]
     live = n < tl.load(kv_lens + request).to(tl.int32)
     place, row, j = locate(
@@ -216,7 +217,7 @@ class ColumnSums(Kernel):
                 "BLOCK_D": tile_width(head_dim),
             },
             launch=Launch(
-                ("cdiv(capacity, BLOCK_N)", "batch_size * num_kv_heads"),
+                ("batch_size * num_kv_heads", "cdiv(capacity, BLOCK_N)"),
                 config.num_warps,
                 config.num_stages,
             ),
@@ -263,16 +264,17 @@ def column_sums(
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32 or not lse.is_contiguous():
         told = f"lse: {lse.dtype} {tuple(lse.shape)}"
         raise InputError(f"{told}, allowed: contiguous float32 {(batch_size, num_heads, q_len)}")
-    index = index_of(description.layout, k, k_positions, block_table)
-    entries = capacity(description.layout, k, index[0])
+    entries = capacity(description.layout, k, block_table)
     if q_starts is None:
         q_starts = torch.full((batch_size,), entries - q_len, device=q.device)
     if kv_lens is None:
         kv_lens = torch.full((batch_size,), entries, device=q.device)
+    index = index_of(description.layout, kv_lens, k_positions, block_table)
+    check_cache(description, q, k, None, index[0], q_starts=q_starts, kv_lens=kv_lens)
     out = lse.new_empty((batch_size, num_kv_heads, entries))
     sizes = (batch_size, num_kv_heads, q_len, entries)
     strides = (*q.stride()[:3], *k.stride()[:3], *index[1:])
-    grid = (triton.cdiv(entries, config_for(description).block_n), batch_size * num_kv_heads)
+    grid = (batch_size * num_kv_heads, triton.cdiv(entries, config_for(description).block_n))
     tensors = (q, k, lse, q_starts, index[0], kv_lens, out)
     run(COLUMN_SUMS, description, grid, (*tensors, softmax_scale, *sizes, *strides))
     return out

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
+    check_cache,
     check_tensors,
     query_positions,
     refusal,
@@ -364,11 +365,12 @@ def decode_attention(
     """
     check_tensors(description, q=q, k=k, v=v)
     batch_size, num_heads, q_len, _ = q.shape
-    index = index_of(description.layout, k, k_positions, block_table)
-    kv_len = capacity(description.layout, k, index[0])
+    kv_len = capacity(description.layout, k, block_table)
     positions = query_positions(q, q_positions, kv_len)
     if kv_lens is None:
         kv_lens = torch.full((batch_size,), kv_len, device=q.device)
+    index = index_of(description.layout, kv_lens, k_positions, block_table)
+    check_cache(description, q, k, v, index[0], kv_lens=kv_lens)
     if num_splits is None:
         num_splits = choose_splits(description, batch_size * k.shape[1], kv_len, q)
     out = q.new_empty(

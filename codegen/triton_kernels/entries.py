@@ -62,8 +62,8 @@ def index_of(
     """The tensor a kernel calls `index`, with its strides of batch and head.
 
     Args:
-        unread: stands in where a layout reads no index.
-        k_positions: [batch_size, capacity] or [batch_size, num_kv_heads, capacity], for `slots`.
+        unread: integers that stand in where a layout reads no index.
+        k_positions: [batch_size, capacity] or [batch_size, 1 or num_kv_heads, capacity], for `slots`.
         block_table: [batch_size, pages], for `paged`.
 
     Raises:
@@ -77,12 +77,15 @@ def index_of(
         raise InputError(f"layout={layout!r} needs {needed}")
     if index.stride(-1) != 1:
         raise InputError(f"index of layout={layout!r} has stride {index.stride(-1)}, allowed: 1")
-    return index, index.stride(0), index.stride(1) if index.dim() == 3 else 0
+    of_each_head = index.dim() == 3 and index.shape[1] > 1
+    return index, index.stride(0), index.stride(1) if of_each_head else 0
 
 
-def capacity(layout: str, k: Tensor, index: Tensor) -> int:
+def capacity(layout: str, k: Tensor, block_table: Tensor | None) -> int:
     """The most entries that a request can have, from shapes alone."""
-    return index.shape[-1] * k.shape[2] if layout == "paged" else k.shape[2]
+    if layout == "paged" and block_table is not None:
+        return block_table.shape[1] * k.shape[2]
+    return k.shape[2]
 
 
 def gathered(layout: str, cache: Tensor, index: Tensor, kv_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from codegen.triton_kernels.activations import tanh
+
 __all__ = ["LN_2", "LOG2_E", "capped", "finish", "fold_in"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,9 +26,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def capped(scores: tl.tensor, SOFTCAP: tl.constexpr) -> tl.tensor:
     """softcap · tanh(scores / softcap); the scores themselves where softcap is 0."""
     if SOFTCAP != 0.0:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both infinities
-        doubled = tl.exp2(scores * (2.0 * LOG2_E / SOFTCAP))
-        scores = SOFTCAP * (1.0 - 2.0 / (doubled + 1.0))
+        scores = tanh(scores / SOFTCAP) * SOFTCAP
     return scores
 
 

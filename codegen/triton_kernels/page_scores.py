@@ -30,6 +30,7 @@ from torch import Tensor
 
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
+    check_cache,
     check_tensors,
     refusal,
     require,
@@ -209,8 +210,8 @@ def page_scores_kernel(
     BLOCK_S: tl.constexpr,
 ) -> None:
     """BLOCK_P pages, one ballot of one request."""
-    ballot = tl.program_id(1).to(tl.int64)  # of all requests
-    page = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
+    ballot = tl.program_id(0).to(tl.int64)  # of all requests
+    page = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
     entry = tl.arange(0, BLOCK_E)  # [E]
     n = page[:, None] * PAGE_SIZE + entry[None, :]  # [P, E]
     low = 0
@@ -327,7 +328,7 @@ class PageScores(Kernel):
                 "BLOCK_S": _MAX_SPLITS,
             },
             launch=Launch(
-                ("cdiv(num_pages, BLOCK_P)", "batch_size * num_ballots"),
+                ("batch_size * num_ballots", "cdiv(num_pages, BLOCK_P)"),
                 VOTE_CONFIG.num_warps,
                 VOTE_CONFIG.num_stages,
             ),
@@ -384,8 +385,9 @@ def page_scores(
     """
     check_tensors(description, q=q.unsqueeze(2), k=k)
     (batch_size, num_heads, _), num_kv_heads = q.shape, k.shape[1]
-    index = index_of(description.layout, k, k_positions, block_table)
-    entries = capacity(description.layout, k, index[0])
+    index = index_of(description.layout, starts, k_positions, block_table)
+    check_cache(description, q, k, None, index[0], starts=starts, stops=stops)
+    entries = capacity(description.layout, k, block_table)
     if num_splits is None:
         num_splits = _choose_splits(description, batch_size * num_kv_heads, entries, q)
     if not 1 <= num_splits <= _MAX_SPLITS:
@@ -400,7 +402,7 @@ def page_scores(
     tensors = (q, k, starts, stops, index[0], scores, lses)
     grid = (batch_size * num_kv_heads, num_splits)
     run(QUERY_SCORES, description, grid, (*tensors, softmax_scale, *sizes, *strides))
-    grid = (triton.cdiv(pages, _pages_of_a_program(description)), batch_size * ballots)
+    grid = (batch_size * ballots, triton.cdiv(pages, _pages_of_a_program(description)))
     sizes = (batch_size, ballots, num_heads // ballots, entries, num_splits, pages)
     run(PAGE_SCORES, description, grid, (scores, lses, starts, stops, out, *sizes))
     return out
@@ -425,7 +427,7 @@ def page_scores_reference(
 ) -> Tensor:
     """The same in plain PyTorch."""
     d, num_heads = description, q.shape[1]
-    everything = torch.full_like(stops, capacity(d.layout, k, index))
+    everything = torch.full_like(stops, k.shape[2])
     lens = everything if d.layout == "slots" else stops
     k, positions = gathered(d.layout, k, index, lens)
     scores = (repeat_kv(k.float(), num_heads) @ q.float().unsqueeze(-1)).squeeze(-1) * softmax_scale

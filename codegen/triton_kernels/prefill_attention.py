@@ -32,6 +32,7 @@ from torch import Tensor
 
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
+    check_cache,
     check_tensors,
     refusal,
     require,
@@ -138,11 +139,10 @@ def prefill_attention_kernel(
     BLOCK_V: tl.constexpr,
 ) -> None:
     """Up to BLOCK_M queries of one head."""
-    block = (
-        tl.num_programs(0) - 1 - tl.program_id(0)
-    )  # under a causal mask the last have most to do
-    request = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    # The last blocks have most to do under a causal mask, so they come first.
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    request = (tl.program_id(0) // num_heads).to(tl.int64)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     t = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     d = tl.arange(0, BLOCK_D)  # [D]
     c = tl.arange(0, BLOCK_V)  # [V]
@@ -258,7 +258,7 @@ class PrefillAttention(Kernel):
                 "BLOCK_V": tile_width(value_dim),
             },
             launch=Launch(
-                ("cdiv(q_len, BLOCK_M)", "batch_size * num_heads"),
+                ("batch_size * num_heads", "cdiv(q_len, BLOCK_M)"),
                 config.num_warps,
                 config.num_stages,
             ),
@@ -345,6 +345,7 @@ def prefill_attention(
     (batch_size, num_heads, q_len, _), kv_len = q.shape, k.shape[2]
     if starts is None:
         starts = torch.zeros(batch_size, dtype=torch.int64, device=q.device)
+    check_cache(description, q, k, v, starts, starts=starts)
     tiles, counts, *list_strides = _lists(description, q, kv_len, block_mask)
     width, epilogue = value_width(description), description.epilogue
     out = q.new_empty((batch_size, num_heads, q_len, width), dtype=_result_dtype(description))
@@ -354,7 +355,7 @@ def prefill_attention(
     sizes = (batch_size, num_heads, q_len, kv_len, q_start)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_strides)
     tensors = (q, k, v, starts, tiles, counts, out, lse)
-    grid = (triton.cdiv(q_len, config_for(description).block_m), batch_size * num_heads)
+    grid = (batch_size * num_heads, triton.cdiv(q_len, config_for(description).block_m))
     arguments = (*tensors, softmax_scale, *sizes, *strides, *extra)
     run(PREFILL_ATTENTION, description, grid, arguments)
     return out, lse

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
+    check_cache,
     check_tensors,
     query_positions,
     refusal,
@@ -122,11 +123,12 @@ def shared_prefix_attention(
     prefix = (prefix_k.unsqueeze(0), prefix_v.unsqueeze(0))
     check_tensors(description, q=q, k=prefix[0], v=prefix[1])
     (batch_size, num_heads, q_len, _), prefix_len = q.shape, prefix_k.shape[1]
-    index = index_of(description.layout, k, k_positions, block_table)
-    suffix_len = capacity(description.layout, k, index[0])
+    suffix_len = capacity(description.layout, k, block_table)
     positions = query_positions(q, q_positions, suffix_len)
     if kv_lens is None:
         kv_lens = torch.full((batch_size,), suffix_len, device=q.device)
+    index = index_of(description.layout, kv_lens, k_positions, block_table)
+    check_cache(description, q, k, v, index[0], kv_lens=kv_lens)
     shared, own = _over_prefix(description), _over_suffixes(description)
     if num_splits is None:
         programs = batch_size * k.shape[1]
@@ -139,7 +141,7 @@ def shared_prefix_attention(
     lse = out.new_empty(shape[:-1])
     (first, rest), (first_lse, rest_lse) = (x.split(list(num_splits)) for x in (out, lse))
     lens = torch.full((1,), prefix_len, device=q.device)
-    unread = index_of("bhsd", k, None, None)
+    unread = index_of("bhsd", lens, None, None)
     scale = softmax_scale
     attend_splits(
         shared, q, *prefix, first, first_lse, positions, unread, lens, softmax_scale=scale

@@ -14,9 +14,11 @@ from torch import Tensor
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels import generate
 
-__all__ = ["Cached", "cached", "each_device", "mutated", "poisoned", "queries"]
+__all__ = ["DEVICE", "Cached", "cached", "each_device", "mutated", "poisoned", "queries"]
 
 _INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if _INTERPRETED else "cuda"
+"""Where tests run that are not there for each device."""
 _NO_GPU = "no CUDA device, or interpreted: set TRITON_INTERPRET=0"
 
 each_device = pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from codegen.triton_kernels.column_sums import (
 from rewriter.errors import InputError
 from tests.codegen.tolerances import assert_near
 from tests.codegen.triton_kernels.attention_cases import (
+    DEVICE,
     cached,
     each_device,
     mutated,
@@ -34,7 +35,7 @@ PLAIN = KernelDescription(
 def check(
     d: KernelDescription,
     kv_lens: list[int],
-    device: str = "cpu",
+    device: str = DEVICE,
     *,
     num_kv_heads: int = 1,
     q_len: int = 1,

@@ -19,6 +19,7 @@ from codegen.triton_kernels.decode_attention import (
 from rewriter.errors import ConfigError, InputError
 from tests.codegen.tolerances import assert_near
 from tests.codegen.triton_kernels.attention_cases import (
+    DEVICE,
     cached,
     each_device,
     mutated,
@@ -32,7 +33,7 @@ PLAIN = KernelDescription(operator="decode_attention", head_dim=16, group_size=2
 def check(
     d: KernelDescription,
     kv_lens: list[int],
-    device: str = "cpu",
+    device: str = DEVICE,
     *,
     num_kv_heads: int = 2,
     q_len: int = 1,
@@ -124,12 +125,11 @@ def test_any_shape(
 
 
 def test_nothing_seen_is_zero_and_minus_infinity() -> None:
-    q = torch.randn(1, 2, 1, 16)
-    k = torch.full((1, 1, 4, 16), torch.nan)
+    q = torch.randn(1, 2, 1, 16, device=DEVICE)
+    k = torch.full((1, 1, 4, 16), torch.nan, device=DEVICE)
+    empty = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with poisoned():
-        out, lse = decode_attention(
-            PLAIN, q, k, k, softmax_scale=1.0, kv_lens=torch.zeros(1, dtype=torch.int64)
-        )
+        out, lse = decode_attention(PLAIN, q, k, k, softmax_scale=1.0, kv_lens=empty)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -154,9 +154,52 @@ def test_mutations_are_noticed(old: str, new: str, dtype: torch.dtype) -> None:
         check(d, [160, 200], num_kv_heads=1, q_len=2, num_splits=2)
 
 
+@pytest.mark.parametrize(
+    ("mask", "old", "new"),
+    [
+        ("causal", "keep = keep & (j <= i)", "keep = keep & (j < i)"),
+        ("causal", "high = tl.minimum(last + 1, kv_len)", "high = tl.minimum(last, kv_len)"),
+        ("chunked", "low = first // SPAN * SPAN", "low = (first // SPAN + 1) * SPAN"),
+        ("chunked", "& (i // SPAN == j // SPAN)", ""),
+        ("prefix", "(j < SPAN)", "(j <= SPAN)"),
+        ("prefix", "tl.maximum(last + 1, SPAN)", "last + 1"),
+        ("local", "(i - j <= SPAN)", "(i - j < SPAN)"),
+        ("local", "low = tl.maximum(first - SPAN, 0)", "low = tl.maximum(first - SPAN + 1, 0)"),
+        ("local", "high = tl.minimum(last + SPAN + 1, kv_len)", "high = last"),
+        ("sinks_window", "pinned = tl.minimum(low, NUM_SINK_TOKENS)", "pinned = low * 0"),
+        ("full", "keep = (i >= 0) & (j >= 0)", "keep = (j >= 0)"),
+    ],
+)
+def test_mutated_masks_are_noticed(mask: str, old: str, new: str) -> None:
+    """Queries at 12, 16 and 25 of 60 entries, and a request of which two are padding."""
+    d = replace(PLAIN, mask=mask, span=8 if mask != "prefix" else 20, num_sink_tokens=2)
+    q, cache = torch.randn(2, 4, 3, 16), cached(d, [60, 60], 2, DEVICE)
+    positions = torch.tensor([[12, 16, 25], [-1, -1, 0]], device=DEVICE)
+    options = {"softmax_scale": 0.25, "kv_lens": cache.kv_lens}
+    given_tensors = (d, q.to(DEVICE), cache.k, cache.v, positions)
+    expected, _ = decode_reference(*given_tensors, index=cache.index, **options)
+    assert_near(decode_attention(*given_tensors, **options)[0], expected)
+    with mutated(old, new), pytest.raises(AssertionError, match="close"):
+        assert_near(decode_attention(*given_tensors, **options)[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 1, 9)])
+def test_heads_share_positions_in_32_bits(shape: tuple[int, ...]) -> None:
+    d = replace(PLAIN, layout="slots")
+    q, k = torch.randn(2, 4, 1, 16, device=DEVICE), torch.randn(2, 2, 9, 16, device=DEVICE)
+    positions = torch.arange(8, -1, -1, dtype=torch.int32, device=DEVICE).expand(shape).contiguous()
+    now = torch.tensor([[4], [6]], dtype=torch.int32, device=DEVICE)
+    out, _ = decode_attention(d, q, k, k, now, softmax_scale=1.0, k_positions=positions)
+    lens = torch.full((2,), 9, device=DEVICE)
+    expected, _ = decode_reference(
+        d, q, k, k, now, softmax_scale=1.0, index=positions, kv_lens=lens
+    )
+    assert_near(out, expected)
+
+
 def test_text_is_reproducible_and_refuses() -> None:
     assert DECODE_ATTENTION.source(PLAIN) == DECODE_ATTENTION.source(replace(PLAIN))
-    assert "arxiv" in DECODE_ATTENTION.source(PLAIN) or "http" in DECODE_ATTENTION.source(PLAIN)
+    assert "HEAD_DIM: tl.constexpr = 16" in DECODE_ATTENTION.source(PLAIN)
     assert "mask='other'" in (DECODE_ATTENTION.supports(replace(PLAIN, mask="other")) or "")
     with pytest.raises(ConfigError, match="head_dim=300, allowed: 1 to 256"):
         DECODE_ATTENTION.source(replace(PLAIN, head_dim=300))
@@ -168,6 +211,11 @@ def test_wrong_tensors_are_refused() -> None:
         decode_attention(PLAIN, q[..., :8], k, k, softmax_scale=1.0)
     with pytest.raises(InputError, match="k_positions"):
         decode_attention(replace(PLAIN, layout="slots"), q, k, k, softmax_scale=1.0)
+    with pytest.raises(InputError, match="kv_lens"):
+        decode_attention(PLAIN, q, k, k, softmax_scale=1.0, kv_lens=torch.zeros(2).long())
+    with pytest.raises(InputError, match="pages of 4"):
+        paged = replace(PLAIN, layout="paged", page_size=8)
+        decode_attention(paged, q, k, k, softmax_scale=1.0, block_table=torch.zeros(1, 1).long())
 
 
 def test_cost_counts_what_the_window_leaves() -> None:

@@ -19,12 +19,12 @@ from codegen.triton_kernels.merge_lse import (
 )
 from rewriter.errors import InputError
 from tests.codegen.tolerances import assert_near
-from tests.codegen.triton_kernels.attention_cases import each_device, mutated, poisoned
+from tests.codegen.triton_kernels.attention_cases import DEVICE, each_device, mutated, poisoned
 
 PLAIN = KernelDescription(operator="merge_lse", head_dim=24)
 
 
-def check(d: KernelDescription, num_parts: int, rows: int, device: str = "cpu") -> None:
+def check(d: KernelDescription, num_parts: int, rows: int, device: str = DEVICE) -> None:
     """Half of the parts of some rows and all parts of the last saw nothing and hold NaN."""
     parts = torch.randn(num_parts, rows, d.head_dim)
     lses = torch.randn(num_parts, rows) * 4
@@ -59,7 +59,7 @@ def test_any_shape(parts: int, rows: int, width: int) -> None:
 
 
 def test_merging_two_halves_is_the_softmax_of_the_whole() -> None:
-    scores, values = torch.randn(3, 20), torch.randn(20, 24)
+    scores, values = torch.randn(3, 20, device=DEVICE), torch.randn(20, 24, device=DEVICE)
     halves = [slice(0, 8), slice(8, 20)]
     parts = torch.stack([scores[:, h].softmax(-1) @ values[h] for h in halves])
     lses = torch.stack([scores[:, h].logsumexp(-1) for h in halves])

@@ -20,6 +20,7 @@ from codegen.triton_kernels.page_scores import (
 from rewriter.errors import InputError
 from tests.codegen.tolerances import assert_near
 from tests.codegen.triton_kernels.attention_cases import (
+    DEVICE,
     cached,
     each_device,
     mutated,
@@ -35,7 +36,7 @@ PLAIN = KernelDescription(
 def check(
     d: KernelDescription,
     kv_lens: list[int],
-    device: str = "cpu",
+    device: str = DEVICE,
     *,
     num_kv_heads: int = 2,
     num_splits: int = 1,
@@ -119,11 +120,11 @@ def test_any_shape(
 
 
 def test_top_pages_are_those_of_the_reference() -> None:
-    q, k = torch.randn(2, 4, 16), torch.randn(2, 2, 40, 16)
+    q, k = torch.randn(2, 4, 16, device=DEVICE), torch.randn(2, 2, 40, 16, device=DEVICE)
     options = {
         "softmax_scale": 1.0,
-        "starts": torch.tensor([4, 38]),
-        "stops": torch.tensor([36, 40]),
+        "starts": torch.tensor([4, 38], device=DEVICE),
+        "stops": torch.tensor([36, 40], device=DEVICE),
     }
     pages = top_pages(page_scores(PLAIN, q, k, **options), 3)  # type: ignore[arg-type]
     expected = page_scores_reference(PLAIN, q, k, index=options["starts"], **options)  # type: ignore[arg-type]

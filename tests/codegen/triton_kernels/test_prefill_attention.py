@@ -20,7 +20,7 @@ from codegen.triton_kernels.prefill_attention import (
 )
 from rewriter.errors import InputError
 from tests.codegen.tolerances import assert_near
-from tests.codegen.triton_kernels.attention_cases import each_device, mutated, poisoned
+from tests.codegen.triton_kernels.attention_cases import DEVICE, each_device, mutated, poisoned
 
 PLAIN = KernelDescription(operator="prefill_attention", head_dim=16, group_size=2, mask="causal")
 
@@ -29,7 +29,7 @@ def check(
     d: KernelDescription,
     q_len: int,
     kv_len: int,
-    device: str = "cpu",
+    device: str = DEVICE,
     *,
     num_kv_heads: int = 1,
     starts: tuple[int, ...] = (0,),
@@ -191,7 +191,7 @@ def test_mutations_are_noticed_in_sixteen_bits(old: str, new: str) -> None:
 
 def test_mutated_lists_are_noticed() -> None:
     d = replace(PLAIN, mask="full", form="block_mask")
-    block_mask = torch.tensor([[False, True, True], [True, False, True]])
+    block_mask = torch.tensor([[False, True, True], [True, False, True]], device=DEVICE)
     mutation = mutated("tl.cdiv(kv_len, BLOCK_N) + turn", "tl.cdiv(kv_len, BLOCK_N) + turn + 1")
     with mutation, pytest.raises(AssertionError, match="close"):
         check(d, 40, 96, block_mask=block_mask)

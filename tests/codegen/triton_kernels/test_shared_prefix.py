@@ -20,6 +20,7 @@ from codegen.triton_kernels.shared_prefix import (
 from rewriter.errors import InputError
 from tests.codegen.tolerances import assert_near
 from tests.codegen.triton_kernels.attention_cases import (
+    DEVICE,
     cached,
     each_device,
     mutated,
@@ -36,7 +37,7 @@ def check(
     d: KernelDescription,
     prefix_len: int,
     kv_lens: list[int],
-    device: str = "cpu",
+    device: str = DEVICE,
     *,
     num_kv_heads: int = 2,
     q_len: int = 1,
