@@ -31,8 +31,8 @@ class Arguments:
         members = [(n, _TYPES.get(kind, ctypes.c_void_p)) for n, kind in fields.items()]
         self._structure = type("Arguments", (ctypes.Structure,), {"_fields_": members})
 
-    def call(self, function: Any, **values: Tensor | float | None) -> None:
-        """Call `function(const Arguments*)`; tensors as their addresses, what is not given as 0.
+    def call(self, function: Any, **values: Tensor | float | None) -> Any:
+        """What `function(const Arguments*)` returns; tensors as addresses, what is not given as 0.
 
         Raises:
             TypeError: a name that is no field.
@@ -45,4 +45,4 @@ class Arguments:
             for name, value in values.items()
             if value is not None
         }
-        function(ctypes.byref(self._structure(**told)))
+        return function(ctypes.byref(self._structure(**told)))
