@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewriter import optimize
@@ -17,7 +18,7 @@ from rewriter.quality.tasks import TASKS
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "reference_models"
 REASONER = ROOT / "examples" / "models" / "reasoner"
-NAMES = ("train", "evaluate", "sequences", "tokenizer", "muon", "sparse_mlp")
+NAMES = ("train", "attention", "evaluate", "sequences", "tokenizer", "muon", "sparse_mlp")
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +64,50 @@ def test_rows_begin_with_a_beginning_and_teach_only_answers(scripts, tokenizer, 
     assert not learned[:, :-1][questions[:, 1:]].any()  # no question mark is to be predicted
 
 
-def test_the_same_seed_trains_the_same_model(scripts, tokenizer):
+def test_the_same_seed_trains_the_same_model(scripts, tokenizer, monkeypatch):
     train = scripts["train"]
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 1024)
 
     def trained():
         torch.manual_seed(0)
         specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         model, losses = train.new_model(len(tokenizer), *specials), []
-        options = {"steps": 3, "seed": 0, "bf16": False}
+        plan = train.Plan(steps=3)
         with torch.enable_grad():
-            train.train(model, tokenizer, **options, after_step=lambda *a: losses.append(a[2]))
+            train.train(model, tokenizer, plan, lambda *a: losses.append(a))
         return model, losses
 
     (first, losses), (second, again) = trained(), trained()
-    assert losses == again and losses[-1] < losses[0]
+    assert losses == again and losses[-1][2] < losses[0][2]
+    assert [(step, last) for step, last, _ in losses] == [(1, False), (2, False), (3, True)]
     for mine, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_training_ends_when_its_time_is_over(scripts, tokenizer, monkeypatch):
+    train = scripts["train"]
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
+    specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model, ends = train.new_model(len(tokenizer), *specials), []
+    with torch.enable_grad():
+        plan = train.Plan(steps=1000, minutes=1e-9)
+        train.train(model, tokenizer, plan, lambda *a: ends.append(a[1]))
+    assert ends == [True]
+
+
+@pytest.mark.parametrize("length", [1, 7, 256, 600])
+def test_tiled_attention_has_the_gradients_of_attention(scripts, length):
+    rng = torch.Generator().manual_seed(length)
+    tensors = [torch.randn(2, h, length, 16, generator=rng, requires_grad=True) for h in (4, 2, 2)]
+    grad = torch.randn(2, 4, length, 16, generator=rng)
+    with torch.enable_grad():
+        theirs = functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+        ours, _ = scripts["attention"].tiled_attention(*tensors, 16**-0.5)
+        expected = torch.autograd.grad(theirs, tensors, grad)
+        found = torch.autograd.grad(ours, tensors, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 20), (20, 40), (16, 16)])

@@ -11,6 +11,7 @@ from rewriter.quality.tasks import TASKS, final_answer
 from rewriter.quality.tasks.people import AGES
 from rewriter.quality.tasks.sentences import text
 from rewriter.quality.tasks.task import is_held_out
+from rewriter.quality.tasks.words import WORDS
 
 SIZES = {"retrieval": 30, "tracking": 30, "affixes": 30}
 
@@ -85,16 +86,31 @@ def test_tracking_follows_the_assignments():
             name = values[name]
             way.append(name)
         assert question.answer == f"= {' = '.join(way)}; {name}"
-        assert 2 <= len(way) <= 4 and int(name) > 9
+        assert 2 <= len(way) <= 4
 
 
-def test_affixes_need_both_words():
+@pytest.mark.parametrize("size", [3, 4, 5, 30, 1024])
+def test_every_name_is_in_one_chain_and_assigned_once(size):
+    context = TASKS["tracking"].draw(Random(size), size, 1).context
+    lines = [line.split(" = ") for line in context.strip("[]").split(", ")]
+    left, right = zip(*lines, strict=True)
+    assert len(set(left)) == len(left) and len(set(right)) == len(right)
+    assert len({*left, *right}) <= size
+
+
+def test_affixes_are_known_by_their_first_half():
     for sample in samples("affixes"):
-        strings = [tuple(s.split()) for s in sample.context.strip("()").split(", ")]
+        strings = [s.split() for s in sample.context.strip("()").split(", ")]
+        words = [word for string in strings for word in string]
+        assert len(strings) == 30 and len(set(words)) == len(words) == 4 * 30
+        halves = {" ".join(s[:2]): " ".join(s[2:]) for s in strings}
         for question in sample.questions:
-            first, second = question.prompt.removeprefix("? ").split()
-            found = [" ".join(s[2:]) for s in strings if (s[0], s[1]) == (first, second)]
-            assert found == [question.answer]
+            assert halves[question.prompt.removeprefix("? ")] == question.answer
+
+
+def test_affixes_have_as_many_strings_as_there_are_words_for():
+    sample = TASKS["affixes"].draw(Random(0), 1000, 1)
+    assert sample.context.count(",") + 1 == TASKS["affixes"].largest == len(WORDS) // 4
 
 
 @pytest.mark.parametrize("name", TASKS)

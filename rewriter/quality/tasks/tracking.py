@@ -1,4 +1,4 @@
-"""Variable tracking: follow assignments, hop by hop, to the number at their end."""
+"""Variable tracking: follow assignments, hop by hop, to the name at their end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HOPS = (2, 3, 4)
 
 
 class Tracking(Task):
-    """`[kabo = 31, lemi = kabo]? lemi` is answered by `= kabo = 31; 31`."""
+    """`[kabo = tudo, lemi = kabo]? lemi` is answered by `= kabo = tudo; tudo`."""
 
     name: ClassVar[str] = "tracking"
-    summary: ClassVar[str] = "the number a variable has after 2 to 4 assignments"
+    summary: ClassVar[str] = "the name that 2 to 4 assignments lead to"
     smallest: ClassVar[int] = 3
 
     def draw(self, rng: Random, size: int, num_questions: int) -> Sample:
-        """Chains whose statements are mixed with those of the others; each ends in a number."""
+        """Chains whose statements are mixed with those of the others; each name is in one chain."""
         chains = _chains(rng, rng.sample(WORDS, min(size, len(WORDS))))
         lines = [line for chain in chains for line in _lines(chain)]
         rng.shuffle(lines)
@@ -38,10 +38,10 @@ def _lines(chain: list[str]) -> tuple[str, ...]:
 
 
 def _chains(rng: Random, names: list[str]) -> list[list[str]]:
-    """The names cut into chains, each followed by the number its last name has."""
+    """The names cut into chains of a name more than hops; what is left over is dropped."""
     chains = []
-    while len(names) >= min(HOPS):
-        hops = rng.choice(HOPS)
-        chains.append([*names[:hops], str(rng.randrange(10, 100))])
-        names = names[hops:]
+    while len(names) > min(HOPS):
+        length = min(rng.choice(HOPS) + 1, len(names))
+        chains.append(names[:length])
+        names = names[length:]
     return chains
