@@ -13,7 +13,7 @@ from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.engine.spec_text import format_default, parse_spec
 from rewriter.errors import ConfigError, RewriteError, VerificationError
-from rewriter.lowering import choose_backend
+from rewriter.lowering import Described, choose_backend
 from rewriter.optimized import OptimizedModel
 from rewriter.program import Program
 from rewriter.report.report import Report, Step
@@ -63,7 +63,7 @@ def optimize(
             causal language model.
         passes: "default" (exact and reassociated ones), or specs such as
             `"streaming-llm{num_sink_tokens=4,recent_window=252}"`, or pass objects, in order.
-        backend: "auto", "eager" or "inductor".
+        backend: "auto", "eager", "inductor" or "cpu" (decode steps as compiled C++).
         verify: False leaves rewrites unverified; a `Verification` sets inputs and limits.
         calibration: inputs for passes that need thresholds; no pass in the table does yet.
         strict: a requested pass that matches nothing, or a rewrite that has to be undone, raises.
@@ -78,8 +78,9 @@ def optimize(
         VerificationError: what was captured differs from the model.
         RewriteError, VerificationError: with `strict`.
     """
-    chosen, requested = choose_backend(backend), resolve_passes(passes)
-    report = new_report(model, requested, chosen.name, chosen.reason)
+    requested = resolve_passes(passes)
+    choose_backend(backend)  # what cannot be is said before the work
+    report = new_report(model, requested)
     clock = Clock(report, on_stage)
     prepared = prepare(model, example_inputs, report, clock)
     baseline: Baseline | None = None
@@ -96,9 +97,13 @@ def optimize(
     if strict:
         _demand_all(report, requested)
     with clock("lower"):
+        chosen = choose_backend(backend, verified.program)
+        report.backend, report.backend_reason = chosen.name, chosen.reason
         optimized = _optimized(prepared, verified.program, report, chosen.name)
         if baseline is not None:
             check_lowered(verified, optimized.run, chosen.name, baseline)
+        if isinstance(optimized.run, Described):
+            report.backend_reason += f"; {optimized.run.summary()}"
     return optimized
 
 

@@ -3,7 +3,8 @@
 `eager` runs the graph's own code with the references called directly and the weights bound: neither a
 dispatcher nor an attribute is asked on the way. `inductor` inlines the references of operators that
 torch.compile can trace, so that it fuses across them; those that update state or count experts stay
-calls.
+calls. `cpu` sends decode steps through C++ that is generated and compiled for them, and runs the rest
+like `eager`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
@@ -24,10 +25,23 @@ from rewriter.dialect.registry import DialectOp
 from rewriter.errors import ConfigError
 from rewriter.program import Program
 
-__all__ = ["BACKENDS", "BackendChoice", "choose_backend", "lower"]
+__all__ = ["BACKENDS", "BackendChoice", "Described", "choose_backend", "lower"]
 
 BACKENDS = ("auto", "eager", "inductor", "cpu", "triton")
-"""Every backend name; `cpu` and `triton` have no kernels yet and say so."""
+"""Every backend name; `triton` has no lowering of whole programs yet and says so."""
+
+COMPILE_FROM = 64 * 2**20
+"""Bytes of weights from which `auto` compiles decode steps. Smaller ones stay in the cache, where a step
+is short beside the seconds that a compilation takes."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A lowered program that can say what it was made into."""
+
+    def summary(self) -> str:
+        """In one line, for the report."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,23 +52,53 @@ class BackendChoice:
     reason: str
 
 
-def choose_backend(requested: str) -> BackendChoice:
-    """One rule: what was asked for, or raise; `auto` takes eager, which needs no compilation.
+def choose_backend(requested: str, program: Program | None = None) -> BackendChoice:
+    """One rule: what was asked for, or raise; `auto` takes `cpu` where it can and pays, else `eager`.
+
+    Args:
+        program: what will be lowered; without it only the request itself is judged.
 
     Raises:
-        ConfigError: an unknown backend, or one without kernels.
+        ConfigError: an unknown backend, or one that cannot run this program here.
     """
     if requested not in BACKENDS:
         raise ConfigError("backend", requested, f"one of {', '.join(BACKENDS)}")
-    if requested in ("cpu", "triton"):
+    if requested == "triton":
         raise ConfigError(
-            "backend", requested, "no kernels of this kind yet; use auto, eager or inductor"
+            "backend", requested, "whole programs run on auto, eager, inductor or cpu"
         )
-    if requested == "auto":
+    if requested not in ("auto", "cpu"):
+        return BackendChoice(requested, "asked for")
+    refusal = _why_not_cpu(program)
+    if requested == "cpu":
+        if refusal is not None:
+            raise ConfigError("backend", requested, refusal)
+        return BackendChoice("cpu", "asked for")
+    if program is None or refusal is not None:
+        return BackendChoice("eager", f"auto: {refusal or 'runs at once'}")
+    size = sum(p.numel() * p.element_size() for p in program.module.parameters())
+    if size < COMPILE_FROM:
         return BackendChoice(
-            "eager", "auto: runs at once; inductor has to be asked for, it compiles first"
+            "eager",
+            f"auto: runs at once; {size / 2**20:.0f} MiB of weights do not pay a compilation",
         )
-    return BackendChoice(requested, "asked for")
+    return BackendChoice("cpu", f"auto: a decode step reads {size / 2**20:.0f} MiB of weights")
+
+
+def _why_not_cpu(program: Program | None) -> str | None:
+    """What stands against compiled decode steps, as the allowed value; None where nothing does."""
+    from codegen.cpp_kernels.compiler import find_compiler
+
+    if find_compiler() is None:
+        return "a machine with a C++ compiler; set CXX or install g++, references run without"
+    if program is None:
+        return None
+    if program.decoding is None:
+        return "a causal language model whose decoding was derived; others run on eager"
+    devices = {p.device.type for p in program.module.parameters()}
+    return (
+        None if devices <= {"cpu"} else f"weights on the CPU, not on {', '.join(sorted(devices))}"
+    )
 
 
 def lower(program: Program, backend: str) -> Callable[..., Any]:
@@ -62,13 +106,26 @@ def lower(program: Program, backend: str) -> Callable[..., Any]:
 
     Args:
         program: a finished program; it is not changed.
-        backend: "eager" or "inductor", from `choose_backend`.
+        backend: "eager", "inductor" or "cpu", from `choose_backend`.
     """
-    if backend == "eager":
-        return _bound(_inlined(program, OPS.values()), program.module)
+    if backend in ("eager", "cpu"):
+        run = _bound(_inlined(program, OPS.values()), program.module)
+        return run if backend == "eager" else _native(program, run)
     traceable = [op for op in OPS.values() if op.traceable and not op.overload._schema.is_mutable]
     graph = _inlined(program, traceable)
     return torch.compile(fx.GraphModule(program.module, graph), dynamic=True)
+
+
+def _native(program: Program, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Decode steps as compiled C++, everything else through `run`."""
+    from codegen.step import NativeStep
+
+    assert program.decoding is not None
+    growing = {
+        spec.name: spec.dims.index("capacity") if "capacity" in spec.dims else None
+        for spec in program.decoding.states
+    }
+    return NativeStep(program.module, growing, run)
 
 
 def _inlined(program: Program, ops: Iterable[DialectOp]) -> fx.Graph:

@@ -107,9 +107,7 @@ class Prepared:
         return self.raised if self.decoding is None else self.decoding
 
 
-def new_report(
-    model: Model, passes: Sequence[RewritePass], backend: str = "", reason: str = ""
-) -> Report:
+def new_report(model: Model, passes: Sequence[RewritePass]) -> Report:
     """An empty report that says what was asked for and on which versions."""
     import transformers
 
@@ -123,7 +121,7 @@ def new_report(
         "transformers": transformers.__version__,
     }
     specs = tuple(str(item) for item in passes)
-    return Report(name, versions=versions, passes=specs, backend=backend, backend_reason=reason)
+    return Report(name, versions=versions, passes=specs)
 
 
 def prepare(model: Model, example_inputs: Examples, report: Report, clock: Clock) -> Prepared:

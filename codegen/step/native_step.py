@@ -67,6 +67,16 @@ class NativeStep:
             self._steps[key] = self._compiled(args)
         return self._steps[key]
 
+    def summary(self) -> str:
+        """How much of the steps tried so far is C++, and what is not."""
+        tried = [step for step in self._steps.values() if step is not None]
+        if not tried:
+            return "no decode step is C++ yet"
+        plan = tried[-1].plan
+        told = f"a decode step is {plan.phases} C++ calls in {plan.segments} segment(s)"
+        left = list(dict.fromkeys(why for why in plan.refusals.values() if "getitem" not in why))
+        return told + (f"; left to PyTorch: {'; '.join(left[:3])}" if left else "")
+
     def plan(self, args: tuple[Any, ...]) -> Plan:
         """What would be compiled for arguments like these."""
         given = dict(zip(self.names, args, strict=True))
@@ -126,7 +136,7 @@ class CompiledStep:
         header = _HEADER.format(
             rows=rows,
             phases=plan.phases,
-            segments=sum(bool(stage.segment.lines) for stage in plan.stages),
+            segments=plan.segments,
             nodes=len(module.graph.nodes),
             hash=content_hash(text),
         )

@@ -64,7 +64,6 @@ class Plan:
     Attributes:
         stages: the last one's segment is empty.
         refusals: why nodes were left to PyTorch.
-        phases: number of C++ calls.
     """
 
     stages: list[Stage]
@@ -77,6 +76,11 @@ class Plan:
         """C++ calls of one step."""
         lines = (line for stage in self.stages for line in stage.segment.lines)
         return sum(not line.startswith("rw::barrier") for line in lines)
+
+    @property
+    def segments(self) -> int:
+        """Parallel regions of one step."""
+        return sum(bool(stage.segment.lines) for stage in self.stages)
 
 
 class Planner:
@@ -252,7 +256,8 @@ class Planner:
             raise Refusal(f"{node.name} is {fact.dtype}")
         place = self._slot(node)
         if node.op == "call_function":
-            self._ready[place] = (self._to_torch(node),) * 2
+            ready = self._to_torch(node)
+            self._ready[place] = (ready, ready)
         strides = contiguous_strides(fact.shape)
         if node.op == "get_attr":
             strides = _attribute(self.module, str(node.target)).stride()

@@ -53,6 +53,8 @@ class Product:
 def why_not_pointwise(plan: Planner, node: fx.Node) -> str | None:
     """Why a node cannot become part of a loop; None where it can."""
     fact = plan.facts.get(node)
+    if isinstance(fact, tuple):
+        return "it gives several results"
     if not isinstance(fact, TensorFact) or not all(isinstance(e, int) for e in fact.shape):
         return "its shape is not known, or grows"
     if not all(isinstance(plan.facts.get(n), TensorFact) for n in node.all_input_nodes):
@@ -248,8 +250,8 @@ def _collapsed(shape: tuple[int, ...], operands: list[Value]) -> Dims:
         strides = [value.strides[i] for value in operands]
         if dims:
             outer, before = dims[-1]
-            joins = all(isinstance(s, int) and b == s * extent for s, b in zip(strides, before))
-            if joins:
+            both = zip(strides, before, strict=True)
+            if all(isinstance(s, int) and b == s * extent for s, b in both):
                 dims[-1] = (outer * extent, strides)
                 continue
         dims.append((extent, strides))

@@ -97,8 +97,9 @@ def _run(
 
 def _merged(a: Any, b: Any) -> Any:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        dims = tuple(_extent(int(x), int(y)) for x, y in zip(a.shape, b.shape, strict=True))
-        return TensorFact(dims, a.dtype) if all(d is not None for d in dims) else UNKNOWN
+        pairs = list(zip(a.shape, b.shape, strict=True))
+        dims = [d for x, y in pairs if (d := _extent(int(x), int(y))) is not None]
+        return TensorFact(tuple(dims), a.dtype) if len(dims) == len(pairs) else UNKNOWN
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
         return tuple(_merged(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool):

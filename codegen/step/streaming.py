@@ -51,7 +51,7 @@ def emit_streaming_attention(plan: Planner, node: fx.Node) -> Value:
 
 
 def _rotate_entries(code: AttentionPhases, tables: list[Value], interleaved: bool) -> None:
-    """Keys are read through `rw::RotatedEntries`; tables are fp32, [batch or 1, heads or 1, entries, half]."""
+    """Read keys through `rw::RotatedEntries`; tables broadcast to [batch, heads, entries, half]."""
     floats = [
         t if t.place.element == "float" and t.strides[3] == 1 else code.plan.copy(t, code.node)
         for t in tables

@@ -111,8 +111,8 @@ def step_text(segments: list[Segment]) -> str:
         ]
         calls = "\n".join(f"        {line}" for line in segment.lines)
         parts.append(
-            f'extern "C" void segment{segment.index}(void* const* pointers, float* arena, int64_t entries,\n'
-            f"                          int64_t capacity, int threads) {{\n"
+            f'extern "C" void segment{segment.index}(\n    void* const* pointers, float* arena,'
+            f" int64_t entries, int64_t capacity, int threads) {{\n"
             f"    rw::parallel(threads, [&](int thread, int num_threads) {{\n{calls}\n    }});\n}}\n"
         )
     return "\n".join(parts)

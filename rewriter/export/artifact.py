@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from rewriter.errors import ArtifactError
+from rewriter.errors import ArtifactError, ConfigError
 from rewriter.export.directory import (
     check_files,
     check_target,
@@ -43,7 +43,7 @@ from rewriter.export.signature_json import (
     signature_from_json,
     signature_to_json,
 )
-from rewriter.lowering import BACKENDS
+from rewriter.lowering import BACKENDS, choose_backend
 from rewriter.optimized import OptimizedModel
 from rewriter.program import BakedDim, Program
 from rewriter.report.json import report_from_json, report_to_json
@@ -174,14 +174,24 @@ def load_optimized(directory: Path) -> OptimizedModel:
     config, generation = (
         read_json(directory / name) if name in files else None for name in (CONFIG, GENERATION)
     )
+    report = _read_report(directory / REPORT)
     return OptimizedModel(
         program,
-        _read_report(directory / REPORT),
+        report,
         config=config,
         generation_config=generation,
-        backend=backend,
+        backend=_available(backend, program, report),
         source_directory=directory,
     )
+
+
+def _available(backend: str, program: Program, report: Report) -> str:
+    """The backend a program was saved with, or eager with a note where this machine cannot run it."""
+    try:
+        return choose_backend(backend, program).name
+    except ConfigError as error:
+        report.notes.append(f"runs on eager: {error}")
+        return "eager"
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
