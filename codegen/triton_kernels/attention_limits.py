@@ -16,6 +16,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "check_cache",
     "check_tensors",
+    "config_key",
     "query_positions",
     "refusal",
     "require",
@@ -71,6 +72,13 @@ def require(kernel: Kernel, description: KernelDescription) -> None:
     reason = kernel.supports(description)
     if reason is not None:
         raise ConfigError("description", str(description), reason)
+
+
+def config_key(description: KernelDescription) -> str:
+    """`"16-bit"` or `"float32"`, and 64, 128 or 256 for the widest head, as in `"16-bit 128"`."""
+    kind = "float32" if description.dtype == torch.float32 else "16-bit"
+    width = max(description.head_dim, description.value_dim)
+    return f"{kind} {64 if width <= 64 else 128 if width <= 128 else 256}"
 
 
 def value_width(description: KernelDescription) -> int:

@@ -30,6 +30,7 @@ from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
     check_cache,
     check_tensors,
+    config_key,
     refusal,
     require,
     stride_type,
@@ -41,8 +42,8 @@ from codegen.triton_kernels.generate import Launch, generate, pointer, run
 from codegen.triton_kernels.online_softmax import LOG2_E, capped
 from codegen.triton_kernels.product import product
 from codegen.triton_kernels.visibility import query_range, sees, structure
+from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
-from rewriter.dialect.attention import repeat_kv
 from rewriter.errors import InputError
 
 __all__ = [
@@ -73,20 +74,22 @@ class ColumnSumsConfig:
 
 
 CONFIGS = {
-    "16-bit": ColumnSumsConfig(64, 64),
-    "16-bit wide": ColumnSumsConfig(32, 32),
-    "float32": ColumnSumsConfig(16, 16, num_warps=8, num_stages=1),
+    "16-bit 64": ColumnSumsConfig(64, 64),
+    "16-bit 128": ColumnSumsConfig(64, 64),
+    "16-bit 256": ColumnSumsConfig(32, 32),
+    **dict.fromkeys(
+        ("float32 64", "float32 128", "float32 256"),
+        ColumnSumsConfig(16, 16, num_warps=8, num_stages=1),
+    ),
 }
-"""By dtype and whether heads are wider than 128. Taken from what the compiler says, not from timings:
-large tiles that leave every value in registers on sm_80, sm_90 and gfx942. fp32 products run outside of
-tensor cores and keep whole rows of both tiles in registers."""
+"""By `config_key`. Taken from what the compiler says, not from timings: large tiles that leave every value
+in registers on sm_80, sm_90 and gfx942. fp32 products run outside of tensor cores and keep whole rows of
+both tiles in registers."""
 
 
 def config_for(description: KernelDescription) -> ColumnSumsConfig:
     """The shipped configuration."""
-    if description.dtype == torch.float32:
-        return CONFIGS["float32"]
-    return CONFIGS["16-bit wide" if description.head_dim > 128 else "16-bit"]
+    return CONFIGS[config_key(description)]
 
 
 @triton.jit
@@ -291,17 +294,11 @@ def column_sums_reference(
     kv_lens: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch from whole rows of probabilities; also their lse."""
-    d, num_heads = description, q.shape[1]
+    d = description
     k, positions = gathered(d.layout, k, index, kv_lens)
-    scores = q.float() @ repeat_kv(k.float(), num_heads).mT * softmax_scale
-    if d.softcap:
-        scores = d.softcap * torch.tanh(scores / d.softcap)
     i = q_starts.view(-1, 1, 1) + torch.arange(q.shape[2], device=q.device)
     keep = structure(i, positions, d.mask, d.span, d.num_sink_tokens)
-    keep = keep.repeat_interleave(num_heads // keep.shape[1], 1)
-    scores = scores.masked_fill(~keep, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    weights, lse = probabilities(d, q, k, keep, softmax_scale)
     return weights.sum(2).unflatten(1, (k.shape[1], -1)).sum(2) / _divisor(d), lse
 
 

@@ -35,6 +35,7 @@ from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
     check_cache,
     check_tensors,
+    config_key,
     query_positions,
     refusal,
     require,
@@ -49,6 +50,7 @@ from codegen.triton_kernels.merge_lse import merge_lse
 from codegen.triton_kernels.online_softmax import LOG2_E, capped, finish, fold_in
 from codegen.triton_kernels.product import product
 from codegen.triton_kernels.visibility import entry_range, sees, structure
+from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
 from rewriter.dialect.attention import repeat_kv
 
@@ -101,9 +103,7 @@ and gfx942. fp32 products run outside of tensor cores and keep whole rows of bot
 
 def config_for(description: KernelDescription) -> DecodeConfig:
     """The shipped configuration."""
-    kind = "float32" if description.dtype == torch.float32 else "16-bit"
-    width = max(description.head_dim, value_width(description))
-    key = f"{kind} {64 if width <= 64 else 128 if width <= 128 else 256}"
+    key = config_key(description)
     return CONFIGS.get(f"{key} {description.form}", CONFIGS[key])
 
 
@@ -413,16 +413,9 @@ def decode_reference(
     d = description
     k, positions = gathered(d.layout, k, index, kv_lens)
     v, _ = gathered(d.layout, v, index, kv_lens)
-    k, v = repeat_kv(k.float(), q.shape[1]), repeat_kv(v.float(), q.shape[1])
-    scores = q.float() @ k.mT * softmax_scale
-    if d.softcap:
-        scores = d.softcap * torch.tanh(scores / d.softcap)
     keep = structure(q_positions.unsqueeze(1), positions, d.mask, d.span, d.num_sink_tokens)
-    keep = keep.repeat_interleave(q.shape[1] // keep.shape[1], 1)
-    scores = scores.masked_fill(~keep, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    return weights @ v, lse
+    weights, lse = probabilities(d, q, k, keep, softmax_scale)
+    return weights @ repeat_kv(v.float(), q.shape[1]), lse
 
 
 def decode_cost(

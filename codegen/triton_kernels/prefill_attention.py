@@ -34,6 +34,7 @@ from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.attention_limits import (
     check_cache,
     check_tensors,
+    config_key,
     refusal,
     require,
     stride_type,
@@ -45,6 +46,7 @@ from codegen.triton_kernels.generate import Launch, generate, pointer, run
 from codegen.triton_kernels.online_softmax import LOG2_E, capped, finish, fold_in
 from codegen.triton_kernels.product import product
 from codegen.triton_kernels.visibility import entry_range, sees, structure
+from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
 from rewriter.dialect.attention import repeat_kv
 from rewriter.errors import InputError
@@ -92,9 +94,7 @@ and gfx942. fp32 products run outside of tensor cores and keep whole rows of bot
 
 def config_for(description: KernelDescription) -> PrefillConfig:
     """The shipped configuration."""
-    kind = "float32" if description.dtype == torch.float32 else "16-bit"
-    width = max(description.head_dim, value_width(description))
-    return CONFIGS[f"{kind} {64 if width <= 64 else 128 if width <= 128 else 256}"]
+    return CONFIGS[config_key(description)]
 
 
 @triton.jit
@@ -374,21 +374,16 @@ def prefill_reference(
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch: fp32 throughout, without an epilogue."""
     d, config = description, config_for(description)
-    k, v = repeat_kv(k.float(), q.shape[1]), repeat_kv(v.float(), q.shape[1])
     j = torch.arange(k.shape[2], device=q.device) - starts.view(-1, 1, 1)
     i = torch.arange(q.shape[2], device=q.device) + q_start - starts.view(-1, 1, 1)
     keep = structure(i, j, d.mask, d.span, d.num_sink_tokens)
     if block_mask is not None:
         wide = block_mask.repeat_interleave(config.block_n, -1)[..., : k.shape[2]]
-        keep = keep & wide.repeat_interleave(config.block_m, -2)[..., : q.shape[2], :]
+        tiles = wide.repeat_interleave(config.block_m, -2)[..., : q.shape[2], :]
+        keep = keep & tiles
     k, v = (x.masked_fill((j < 0).unsqueeze(-1), 0.0) for x in (k, v))
-    scores = q.float() @ k.mT * softmax_scale
-    if d.softcap:
-        scores = d.softcap * torch.tanh(scores / d.softcap)
-    scores = scores.masked_fill(~keep, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    return weights @ v, lse
+    weights, lse = probabilities(d, q, k, keep, softmax_scale)
+    return weights @ repeat_kv(v.float(), q.shape[1]), lse
 
 
 def prefill_cost(

@@ -40,6 +40,7 @@ from codegen.triton_kernels.decode_attention import (
 from codegen.triton_kernels.entries import capacity, gathered, index_of
 from codegen.triton_kernels.merge_lse import merge_lse
 from codegen.triton_kernels.visibility import structure
+from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
 from rewriter.dialect.attention import repeat_kv
 from rewriter.errors import InputError
@@ -168,17 +169,10 @@ def shared_prefix_reference(
     k, positions = gathered(d.layout, k, index, kv_lens)
     v, _ = gathered(d.layout, v, index, kv_lens)
     k, v = (torch.cat((p.expand(shape), x), 2) for p, x in ((prefix_k, k), (prefix_v, v)))
-    k, v = repeat_kv(k.float(), q.shape[1]), repeat_kv(v.float(), q.shape[1])
-    scores = q.float() @ k.mT * softmax_scale
-    if d.softcap:
-        scores = d.softcap * torch.tanh(scores / d.softcap)
     own = structure(q_positions.unsqueeze(1), positions, d.mask, 0, 0)
-    own = own.repeat_interleave(q.shape[1] // own.shape[1], 1)
     seen = (q_positions >= 0)[:, None, :, None].expand(*own.shape[:3], prefix_k.shape[1])
-    scores = scores.masked_fill(~torch.cat((seen, own), -1), -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    return weights @ v, lse
+    weights, lse = probabilities(d, q, k, torch.cat((seen, own), -1), softmax_scale)
+    return weights @ repeat_kv(v.float(), q.shape[1]), lse
 
 
 def shared_prefix_cost(
