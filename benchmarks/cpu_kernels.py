@@ -18,7 +18,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from cpu_kernels import gathered_mlp, gemv
+from cpu_kernels import (
+    column_sums,
+    decode_attention,
+    gathered_mlp,
+    gemv,
+    page_scores,
+    pointwise,
+    prefill_attention,
+    shared_prefix,
+)
 from cpu_kernels.case import Case, Measured, WrongNumbers, measure
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +38,12 @@ from codegen.cpp_kernels.compiler import find_compiler
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "gemv": gemv.cases,
     "gathered_mlp": gathered_mlp.cases,
+    "decode_attention": decode_attention.cases,
+    "shared_prefix": shared_prefix.cases,
+    "page_scores": page_scores.cases,
+    "column_sums": column_sums.cases,
+    "prefill_attention": prefill_attention.cases,
+    "pointwise": pointwise.cases,
 }
 
 
