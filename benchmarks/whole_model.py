@@ -11,18 +11,18 @@ of one. Nothing is timed before its logits are those of Hugging Face in float32 
 a candidate that is wrong or cannot run is reported with the reason.
 
 A candidate's floor is what reading its weights (with the scales of int8) and its keys and values once
-takes, at the bandwidth that reading as many bytes reached between the turns of this run.
+takes, at the best bandwidth that plain loops over as many bytes reached between the turns of this run.
 
 The other runtimes need packages that pin versions of their own, so they are best installed apart:
 
     python -m venv PEERS
     PEERS/bin/pip install -c constraints.txt torch transformers rich onnx onnxruntime
     PEERS/bin/pip install -c constraints.txt -r benchmarks/requirements-peers.txt
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-fno-tree-dse" \\
+    CXXFLAGS="-fno-tree-dse -fno-dse" CMAKE_ARGS="-DGGML_NATIVE=ON" \\
         PEERS/bin/pip install --no-binary llama-cpp-python llama-cpp-python
 
-(GCC 12 drops stores that llama.cpp's AMX code needs: without -fno-tree-dse, int8 crashes on
-processors with AMX.)
+(GCC 12 drops stores that llama.cpp's AMX code needs: without these flags, int8 crashes on processors
+with AMX.)
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpu_kernels.read import read_candidates
 from peers.agreement import agreement
 from peers.candidates import CANDIDATES, REFERENCE, Candidate
 from peers.client import Client, Failed, room_for_more
 from peers.llama import SHAPES, write_model
 from peers.outcome import Outcome, Timed, as_dict, table
 from rich.console import Console
-from timing import Samples, machine, read_bandwidth, save_result
+from timing import Samples, machine, save_result, timed
+from torch import Tensor
 
 CHECKED_STEPS = 8
 """Tokens behind the prompt whose logits are compared; what compiles does it there."""
@@ -66,6 +68,10 @@ class Run:
     model_dir: Path
     console: Console
     bandwidth: dict[int, float]  # MiB read -> best bytes a second so far
+    begun: float
+
+    def tell(self, what: str) -> None:
+        self.console.print(f"{time.perf_counter() - self.begun:4.0f} s  {what}", highlight=False)
 
     @property
     def work_dir(self) -> Path:
@@ -106,16 +112,18 @@ def main() -> int:
     stored = "bfloat16" if arguments.dtype == "bfloat16" else "float32"
     directory = Path(arguments.work_dir) / f"{arguments.shape}-{stored}" / "model"
     model_dir = write_model(directory, SHAPES[arguments.shape], getattr(torch, stored))
-    run = Run(arguments, model_dir, Console(stderr=True), {})
-    begun, described = time.perf_counter(), machine(arguments.threads)
+    console = Console(stderr=True)
+    console.width = max(console.width, 100)
+    run = Run(arguments, model_dir, console, {}, time.perf_counter())
+    described = machine(arguments.threads)
     references = {context: _reference(run, context) for context in arguments.contexts}
     outcomes = _measure_all(run, references)
     for context in arguments.contexts:
         title = f"{arguments.shape} {arguments.dtype}, {context} tokens of context, ms per token"
-        run.console.print(table(outcomes, context, title))
+        console.print(table(outcomes, context, title))
     for outcome in outcomes:
         if outcome.status != "timed":
-            run.console.print(f"{outcome.candidate.name}: {outcome.status}: {outcome.reason}")
+            console.print(f"{outcome.candidate.name}: {outcome.status}: {outcome.reason}")
     result = {
         "machine": described,
         "shape": {"name": arguments.shape, **vars(SHAPES[arguments.shape])},
@@ -124,10 +132,10 @@ def main() -> int:
         "rounds": arguments.rounds,
         "steps_per_turn": arguments.steps,
         "read_gb_s": {f"{mib} MiB": round(b / 1e9, 2) for mib, b in run.bandwidth.items()},
-        "seconds": round(time.perf_counter() - begun),
+        "seconds": round(time.perf_counter() - run.begun),
         **as_dict(outcomes, arguments.contexts),
     }
-    _store(result, arguments, run.console)
+    _store(result, arguments, console)
     return int(any(outcome.status in ("wrong", "failed") for outcome in outcomes))
 
 
@@ -201,6 +209,8 @@ def _measure_all(run: Run, references: dict[int, np.ndarray]) -> list[Outcome]:
 
 def _prepared(run: Run, outcome: Outcome) -> bool:
     """Convert files, in a process that leaves no memory behind. False where it cannot."""
+    if not outcome.candidate.installed_apart:
+        return True
     client = run.client(outcome.candidate)
     try:
         client.call("prepare", **_what(run, outcome.candidate))
@@ -232,6 +242,7 @@ def _group(run: Run, waiting: deque[Outcome]) -> list[Runner]:
         if runners and room < 2.2 * stored + 2**30:
             break
         outcome = waiting.popleft()
+        run.tell(f"{outcome.candidate.name}: load")
         runner = Runner(outcome, run.client(outcome.candidate))
         start = time.perf_counter()
         try:
@@ -257,22 +268,24 @@ def _measure(run: Run, runners: list[Runner], context: int, reference: np.ndarra
     racing = [runner for runner in runners if context in runner.outcome.contexts]
     tokens, turn = run.tokens(context), UNTIMED + run.arguments.steps
     start = context + CHECKED_STEPS
+    buffer = torch.ones(2**18 * max((_mebibytes(r, context) for r in racing), default=0))
+    run.tell(f"{len(racing)} take turns")
     for first in range(start, start + run.arguments.rounds * turn, turn):
         for runner in racing:
             if runner.outcome.status == "timed":
                 _take_turn(runner, context, tokens[first : first + turn])
-        for runner in racing:
-            _read(run, runner.outcome.contexts[context])
+        for mebibytes in {_mebibytes(runner, context) for runner in racing}:
+            _read(run, buffer[: 2**18 * mebibytes], mebibytes)
     for runner in racing:
         times = runner.outcome.contexts[context]
-        times.floor_ms = times.bytes_per_token / run.bandwidth[_mebibytes(times)] * 1e3
+        times.floor_ms = times.bytes_per_token / run.bandwidth[_mebibytes(runner, context)] * 1e3
         if runner.outcome.status != "timed":
-            del runner.outcome.contexts[context]
+            runner.outcome.contexts.clear()
 
 
 def _check(run: Run, runner: Runner, context: int, reference: np.ndarray) -> None:
     outcome = runner.outcome
-    run.console.print(f"{outcome.candidate.name}: {context} tokens of context")
+    run.tell(f"{outcome.candidate.name}: prompt of {context} tokens")
     try:
         logits, prefill_ms = _prompted(run, runner.client, context)
     except Failed as error:
@@ -307,16 +320,18 @@ def _take_turn(runner: Runner, context: int, tokens: Sequence[int]) -> None:
     runner.outcome.contexts[context].samples.ms.extend(reply["ms"])
 
 
-def _read(run: Run, times: Timed) -> None:
-    """The best bandwidth so far of reading about as much as one token does."""
-    mebibytes = _mebibytes(times)
-    found = read_bandwidth(mebibytes, repeats=3)
-    run.bandwidth[mebibytes] = max(found, run.bandwidth.get(mebibytes, 0.0))
+def _read(run: Run, buffer: Tensor, mebibytes: int) -> None:
+    """The best bandwidth so far of only adding up this many bytes, in each of several ways."""
+    for read in read_candidates(buffer, run.arguments.threads).values():
+        ms = min(timed(read)[1] for _ in range(2))
+        found = buffer.nbytes / ms * 1e3
+        run.bandwidth[mebibytes] = max(found, run.bandwidth.get(mebibytes, 0.0))
 
 
-def _mebibytes(times: Timed) -> int:
-    """Rounded up to a multiple of 32, so that candidates share what is measured."""
-    return min(MOST_READ_MIB, 32 * math.ceil(times.bytes_per_token / 2**25))
+def _mebibytes(runner: Runner, context: int) -> int:
+    """Read by one token, rounded up to a multiple of 32, so that candidates share what is measured."""
+    read = runner.outcome.contexts[context].bytes_per_token
+    return min(MOST_READ_MIB, 32 * math.ceil(read / 2**25))
 
 
 def _store(result: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:

@@ -13,10 +13,11 @@ class Candidate:
     """One way to decode.
 
     Attributes:
-        module: in this folder; has `load`, and `prepare` where files have to be converted first.
+        module: in this folder; has `load`, and `prepare` where installed apart.
         options: keyword arguments of its `load`.
         ours: whether it is this project's.
-        installed_apart: whether it runs under the interpreter that has the other runtimes.
+        installed_apart: whether it runs under the interpreter that has the other runtimes, from files
+            that it has to convert first.
     """
 
     name: str

@@ -33,7 +33,8 @@ def read_model(model_dir: Path) -> LlamaForCausalLM:
 
 def llama_facts(model: LlamaForCausalLM, settings: str) -> Facts:
     """Bytes of a tied Llama that keeps keys and values in the dtype of its weights."""
-    config, size = model.config, model.dtype.itemsize
+    config: Any = model.config
+    size = model.dtype.itemsize
     per_layer = 2 * config.num_key_value_heads * config.head_dim
     return Facts(
         weight_bytes=sum(p.nbytes for p in model.parameters()),

@@ -66,22 +66,22 @@ def write_model(directory: Path, shape: Shape, dtype: torch.dtype) -> Path:
 
     def write(path: Path) -> None:
         logging.disable_progress_bar()
-        _model(shape).to(dtype).save_pretrained(path)
+        _model(shape, dtype).save_pretrained(path)
         _tokenizer(shape.vocab_size).save_pretrained(path)
 
     return prepared(directory, write)
 
 
-def _model(shape: Shape) -> LlamaForCausalLM:
+def _model(shape: Shape, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(shape.config()).eval()
+    model: Any = LlamaForCausalLM(shape.config()).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight += 0.1 * torch.randn_like(weight)
             elif "q_proj" in name or "k_proj" in name:
                 weight *= SHARPNESS
-    return model
+    return model.to(dtype)
 
 
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -107,9 +107,10 @@ class LlamaCpp:
         self._context = self._api.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise Unavailable("llama.cpp could not make a context; its log says why")
-        for first in range(0, len(tokens), PREFILL_CHUNK):
-            logits = self._decode(tokens[first : first + PREFILL_CHUNK])
-        return logits
+        *chunks, last = range(0, len(tokens), PREFILL_CHUNK)
+        for first in chunks:
+            self._decode(tokens[first : first + PREFILL_CHUNK])
+        return self._decode(tokens[last:])
 
     def step(self, token: int) -> Any:
         return self._decode([token])

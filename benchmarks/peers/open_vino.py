@@ -109,7 +109,7 @@ class WithEntries(nn.Module):
 
         The CPU plugin fuses the cache with attention where a gather over beams stands between.
         """
-        cache = DynamicCache(config=self.model.config)
+        cache: Any = DynamicCache(config=self.model.config)
         for layer, keys, values in zip(cache.layers, entries[::2], entries[1::2], strict=True):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = (e.index_select(0, beams) for e in (keys, values))
