@@ -74,8 +74,8 @@ class ColumnSumsConfig:
 
 
 CONFIGS = {
-    "16-bit 64": ColumnSumsConfig(64, 64),
-    "16-bit 128": ColumnSumsConfig(64, 64),
+    "16-bit 64": ColumnSumsConfig(64, 64, num_warps=8),
+    "16-bit 128": ColumnSumsConfig(64, 64, num_warps=8),
     "16-bit 256": ColumnSumsConfig(32, 32),
     **dict.fromkeys(
         ("float32 64", "float32 128", "float32 256"),
@@ -167,10 +167,10 @@ def column_sums_kernel(
         whole = tl.load(lse + head * q_len + t, mask=in_rows, other=float("-inf"))  # [M]
         i = tl.where(whole > float("-inf"), q_start + r // GROUP_SIZE, -1)
         scores = product(queries, tl.trans(keys)) * softmax_scale  # [M, N]
-        scores = capped(scores, SOFTCAP)
+        scores = (capped(scores, SOFTCAP) - whole[:, None]) * LOG2_E
         keep = sees(i[:, None], j[None, :], MASK, SPAN, NUM_SINK_TOKENS)
-        weights = tl.exp2((scores - whole[:, None]) * LOG2_E)
-        sums += tl.sum(tl.where(keep, weights, 0.0), 0)
+        # Masked before it is raised, because what is not seen may exceed the lse by far.
+        sums += tl.sum(tl.exp2(tl.where(keep, scores, float("-inf"))), 0)
 
     out += (request * num_kv_heads + kv_head).to(tl.int64) * capacity
     tl.store(out + n, sums / DIVISOR, mask=n < capacity)

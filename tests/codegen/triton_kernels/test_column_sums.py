@@ -107,6 +107,16 @@ def test_any_shape(
     check(replace(d, num_sink_tokens=2), lens, q_len=q_len)
 
 
+def test_what_is_hidden_may_exceed_the_lse_by_far() -> None:
+    q, k = torch.ones(1, 2, 3, 16, device=DEVICE), torch.ones(1, 1, 3, 16, device=DEVICE)
+    k[:, :, 2] = 100.0  # only the last query sees it
+    lse = torch.logsumexp(
+        (q @ k.mT).masked_fill(torch.ones(3, 3, device=DEVICE).triu(1) > 0, -torch.inf), -1
+    )
+    sums = column_sums(PLAIN, q, k, lse, softmax_scale=1.0)
+    assert_near(sums, torch.tensor([[[3.0, 1.0, 2.0]]], device=DEVICE))
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -16,6 +16,7 @@ from codegen.triton_kernels.decode_attention import (
     decode_cost,
     decode_reference,
 )
+from rewriter.dialect.attention import attention
 from rewriter.errors import ConfigError, InputError
 from tests.codegen.tolerances import assert_near
 from tests.codegen.triton_kernels.attention_cases import (
@@ -193,6 +194,19 @@ def test_heads_share_positions_in_32_bits(shape: tuple[int, ...]) -> None:
     lens = torch.full((2,), 9, device=DEVICE)
     expected, _ = decode_reference(
         d, q, k, k, now, softmax_scale=1.0, index=positions, kv_lens=lens
+    )
+    assert_near(out, expected)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "sliding_window", "chunked", "prefix", "local"])
+def test_reference_is_the_dialect_operator(mask: str) -> None:
+    d = replace(PLAIN, mask=mask, span=5, softcap=2.0)
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
+    positions = torch.tensor([[9, 12, 19], [-1, 0, 1]])
+    lens = torch.full((2,), 20)
+    out, _ = decode_reference(d, q, k, v, positions, softmax_scale=0.3, index=lens, kv_lens=lens)
+    expected = attention.reference(
+        q, k, v, positions, softmax_scale=0.3, mask=mask, span=5, softcap=2.0
     )
     assert_near(out, expected)
 
