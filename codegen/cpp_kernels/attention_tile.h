@@ -73,18 +73,40 @@ template <int WIDTH = LANES, typename F> inline float fold(Vec v, F&& f) {
     }
 }
 
+// Rows that are needed after the ones at hand: asked for line by line while those are computed with, so that
+// memory never waits. A few lines at a time, as more than there are fill buffers would block the loads.
+template <typename T, int WIDTH> struct Ahead {
+    static constexpr int BYTES = WIDTH * int(sizeof(T));
+    const T* const* rows;  // KV_BLOCK of them, or null
+
+    void ask(int e, int begin, int end) const {
+        if (!rows) return;
+        for (int at = begin; at < end && at < BYTES; at += 64)
+            __builtin_prefetch((const char*)rows[e] + at, 0, 2);
+    }
+};
+struct NothingAhead {
+    static constexpr int BYTES = 0;
+    void ask(int, int, int) const {}
+};
+
 // Entries that a tile of ROWS query rows takes at once, so that its dot products fill one vector.
 template <int ROWS> constexpr int tile_entries() { return LANES > ROWS ? LANES / ROWS : 1; }
 
 // scores[r * KV_BLOCK + e] = scale * q[r * D ..] . keys[e], for ROWS rows and tile_entries<ROWS>() entries.
-template <int D, int ROWS, typename Key>
-inline void score_tile(const float* q, const Key* const* keys, float scale, float* scores) {
+// In between asks for `tile_entries` rows of `next` from `ahead` on.
+template <int D, int ROWS, typename Key, typename Next>
+inline void score_tile(
+    const float* q, const Key* const* keys, float scale, float* scores, const Next& next, int ahead) {
     constexpr int ENTRIES = tile_entries<ROWS>(), STEP = ENTRIES < 4 ? ENTRIES : 4;
     constexpr int WHOLE = D / LANES * LANES, REST = D - WHOLE;
     constexpr int COUNT = ROWS * ENTRIES > LANES ? ROWS * ENTRIES : LANES;
     Vec total[COUNT] = {};
     for (int e = 0; e < ENTRIES; e += STEP) {
         for (int c = 0; c < WHOLE; c += LANES) {
+            constexpr int PART = D >= LANES ? (Next::BYTES * LANES / D + 63) / 64 * 64 : 0;
+            int line = c / LANES * PART;
+            for (int i = 0; i < STEP; ++i) next.ask(ahead + e + i, line, line + PART);
             Vec key[STEP];
             for (int i = 0; i < STEP; ++i) key[i] = load_entry(keys[e + i] + c);
             for (int r = 0; r < ROWS; ++r) {
@@ -106,27 +128,39 @@ inline void score_tile(const float* q, const Key* const* keys, float scale, floa
         std::memcpy(scores + r * KV_BLOCK, result + r * ENTRIES, ENTRIES * sizeof(float));
 }
 
-template <int D, int ROWS, typename Key>
-inline void score_rows(const float* q, const Key* const* keys, int count, float scale, float* scores) {
-    for (int e = 0; e < count; e += tile_entries<ROWS>())
-        score_tile<D, ROWS>(q, keys + e, scale, scores + e);
+template <int D, int ROWS, typename Key, typename Next>
+inline void score_rows(
+    const float* q, const Key* const* keys, int count, float scale, float* scores, const Next& next) {
+    constexpr int ENTRIES = tile_entries<ROWS>();
+    for (int e = 0; e < count; e += ENTRIES)
+        score_tile<D, ROWS>(q, keys + e, scale, scores + e, next, e);
 }
 
 // Scores of `rows` query rows (D apart) and `count` entries. `keys` holds KV_BLOCK pointers that may all be
 // read: those from `count` on give scores that mean nothing.
-template <int D, typename Key>
+template <int D, typename Key, typename Next = NothingAhead>
 inline void score_block(
-    const float* q, int64_t rows, const Key* const* keys, int count, float scale, float* scores) {
+    const float* q, int64_t rows, const Key* const* keys, int count, float scale, float* scores,
+    const Next& next = {}) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) score_rows<D, 4>(q + r * D, keys, count, scale, scores + r * KV_BLOCK);
-    for (; r + 2 <= rows; r += 2) score_rows<D, 2>(q + r * D, keys, count, scale, scores + r * KV_BLOCK);
-    for (; r < rows; ++r) score_rows<D, 1>(q + r * D, keys, count, scale, scores + r * KV_BLOCK);
+    auto tile = [&](auto size, const auto& ahead) {
+        score_rows<D, size>(q + r * D, keys, count, scale, scores + r * KV_BLOCK, ahead);
+        r += size;
+    };
+    using std::integral_constant;
+    if (rows >= 4) tile(integral_constant<int, 4>{}, next);
+    while (r + 4 <= rows) tile(integral_constant<int, 4>{}, NothingAhead{});
+    if (r == 0 && rows >= 2) tile(integral_constant<int, 2>{}, next);
+    if (r + 2 <= rows) tile(integral_constant<int, 2>{}, NothingAhead{});
+    if (r == 0 && rows == 1) tile(integral_constant<int, 1>{}, next);
+    if (r < rows) tile(integral_constant<int, 1>{}, NothingAhead{});
 }
 
 // Columns [C, C + WIDTH) of total[r] = total[r] * keep[r] + sum of weights[r * KV_BLOCK + e] * values[e].
-template <int DV, int C, int WIDTH, int ROWS, typename Value>
+template <int DV, int C, int WIDTH, int ROWS, typename Value, typename Next>
 inline void weigh_columns(
-    const float* weights, const Value* const* values, int count, const float* keep, float* total) {
+    const float* weights, const Value* const* values, int count, const float* keep, float* total,
+    const Next& next) {
     constexpr int VECTORS = (WIDTH + LANES - 1) / LANES, REST = WIDTH - (VECTORS - 1) * LANES;
     Vec sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r) {
@@ -135,6 +169,7 @@ inline void weigh_columns(
         sum[r][VECTORS - 1] = load_first<REST>(row + (VECTORS - 1) * LANES) * splat(keep[r]);
     }
     for (int e = 0; e < count; ++e) {
+        next.ask(e, 0, Next::BYTES);
         Vec value[VECTORS];
         for (int i = 0; i < VECTORS - 1; ++i) value[i] = load_entry(values[e] + C + i * LANES);
         value[VECTORS - 1] = load_first<REST>(values[e] + C + (VECTORS - 1) * LANES);
@@ -153,30 +188,37 @@ inline void weigh_columns(
 // A tile of sums fills half of the registers: 16 of AVX-512's 32, 8 of AVX2's 16.
 constexpr int SUM_VECTORS = LANES >= 16 ? 16 : 8;
 
-template <int DV, int ROWS, int C, typename Value>
+template <int DV, int ROWS, int C, typename Value, typename Next>
 inline void weigh_rows(
-    const float* weights, const Value* const* values, int count, const float* keep, float* total) {
+    const float* weights, const Value* const* values, int count, const float* keep, float* total,
+    const Next& next) {
     if constexpr (C < DV) {
         constexpr int MOST = SUM_VECTORS / ROWS * LANES, WIDTH = DV - C < MOST ? DV - C : MOST;
-        weigh_columns<DV, C, WIDTH, ROWS>(weights, values, count, keep, total);
-        weigh_rows<DV, ROWS, C + WIDTH>(weights, values, count, keep, total);
+        weigh_columns<DV, C, WIDTH, ROWS>(weights, values, count, keep, total, next);
+        weigh_rows<DV, ROWS, C + WIDTH>(weights, values, count, keep, total, NothingAhead{});
     }
 }
 
 // total[r] = total[r] * keep[r] + sum over entries of weights[r * KV_BLOCK + e] * values[e], DV apart.
-template <int DV, typename Value>
+template <int DV, typename Value, typename Next = NothingAhead>
 inline void weigh_block(
     const float* weights, int64_t rows, const Value* const* values, int count, const float* keep,
-    float* total) {
+    float* total, const Next& next = {}) {
+    // Narrow values are widened once for as many rows as there are; fp32 ones are read whole.
     constexpr int VECTORS = (DV + LANES - 1) / LANES;
-    constexpr int TILE = VECTORS * 4 <= SUM_VECTORS ? 4 : 2;
+    constexpr int TILE = sizeof(Value) < 4 || VECTORS * 4 <= SUM_VECTORS ? 4 : 2;
     int64_t r = 0;
-    for (; r + TILE <= rows; r += TILE)
-        weigh_rows<DV, TILE, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV);
-    for (; r + 2 <= rows; r += 2)
-        weigh_rows<DV, 2, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV);
-    for (; r < rows; ++r)
-        weigh_rows<DV, 1, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV);
+    auto tile = [&](auto size, const auto& ahead) {
+        weigh_rows<DV, size, 0>(weights + r * KV_BLOCK, values, count, keep + r, total + r * DV, ahead);
+        r += size;
+    };
+    using std::integral_constant;
+    if (rows >= TILE) tile(integral_constant<int, TILE>{}, next);
+    while (r + TILE <= rows) tile(integral_constant<int, TILE>{}, NothingAhead{});
+    if (r == 0 && rows >= 2) tile(integral_constant<int, 2>{}, next);
+    while (r + 2 <= rows) tile(integral_constant<int, 2>{}, NothingAhead{});
+    if (r == 0 && rows == 1) tile(integral_constant<int, 1>{}, next);
+    if (r < rows) tile(integral_constant<int, 1>{}, NothingAhead{});
 }
 
 // scores[0 .. count) become e^(score - peak), and the numbers up to the next whole vector 0. `peak` and

@@ -83,8 +83,10 @@ inline void decode_attention(
     int64_t rows = shape.rows(), part_size = attention_part(rows, DV);
     float* mine = scratch + thread * attention_thread_scratch(rows, DV);
     float *scores = mine + 2 * part_size, *keep = scores + rows * KV_BLOCK;
-    const typename Entries::Key* keys[KV_BLOCK];
-    const typename Entries::Value* values[KV_BLOCK];
+    using Key = typename Entries::Key;
+    using Value = typename Entries::Value;
+    const Key* keys[KV_BLOCK];
+    const Value* values[2][KV_BLOCK];  // of this block and of the next
     int slot = 0;
     auto item = [&](int64_t b, int64_t head, int64_t begin, int64_t end, int64_t blocks) {
         AttentionPart part(mine + slot * part_size, rows, DV);
@@ -92,21 +94,29 @@ inline void decode_attention(
         for (int64_t r = 0; r < rows; ++r) part.peak[r] = -INFINITY, part.total[r] = 0;
         const float* query = q + (b * shape.num_kv_heads + head) * rows * D;
         Spans spans = visible(b);
-        for (int64_t block = begin; block < end; ++block) {
+        int64_t first = 0;
+        auto find = [&](int64_t block, const Value** to) {  // entries of a block, and how many
             int range = block >= spans.blocks(0);
-            int64_t first = spans.first[range] + (block - (range ? spans.blocks(0) : 0)) * KV_BLOCK;
-            int64_t left = spans.last[range] - first;
+            first = spans.first[range] + (block - (range ? spans.blocks(0) : 0)) * KV_BLOCK;
+            int64_t left = block < end ? spans.last[range] - first : 0;
             int count = int(left < KV_BLOCK ? left : KV_BLOCK);
-            if (count <= 0) break;
-            entries.rows(b, head, first, count, thread, keys, values);
-            for (int e = count; e < KV_BLOCK; ++e) keys[e] = keys[count - 1];
-            score_block<D>(query, rows, keys, count, softmax_scale, scores);
+            if (count <= 0) return 0;
+            entries.rows(b, head, first, count, thread, keys, to);
+            for (int e = count; e < KV_BLOCK; ++e) keys[e] = keys[count - 1], to[e] = to[count - 1];
+            return count;
+        };
+        int count = find(begin, values[0]), now = 0;
+        for (int64_t block = begin; count > 0; ++block, now = 1 - now) {
+            score_block<D>(query, rows, keys, count, softmax_scale, scores, Ahead<Value, DV>{values[now]});
             bool any = false;
             for (int64_t r = 0; r < rows; ++r) {
                 score(b, head, r, first, count, scores + r * KV_BLOCK);
                 any |= online_softmax(scores + r * KV_BLOCK, count, part.peak[r], part.total[r], keep[r]);
             }
-            if (any) weigh_block<DV>(scores, rows, values, count, keep, part.sums);
+            int next = find(block + 1, values[1 - now]);
+            Ahead<Key, D> ahead{next ? keys : nullptr};
+            if (any) weigh_block<DV>(scores, rows, values[now], count, keep, part.sums, ahead);
+            count = next;
         }
         if (begin == 0 && end == blocks)
             finish_attention<DV>(shape, b, head, part, sinks, out);
