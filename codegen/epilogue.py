@@ -242,7 +242,7 @@ class _Translation:
     def __init__(self, value: fx.Node) -> None:
         self.value = value
         self.shape = _shape(value)
-        self.names: dict[fx.Node, str] = {value: VALUE}
+        self.names: dict[fx.Node, str | float] = {value: VALUE}
         self.steps: list[Step] = []
         self.operands: list[Operand] = []
 
@@ -267,6 +267,8 @@ class _Translation:
         dtype = last.meta["val"].dtype
         if dtype == torch.bool:
             return Untranslatable("its result is bool, not a float", last)
+        if not isinstance(self.names[last], str):
+            return Untranslatable("its result is a constant", last)
         if self.names[last] != f"t{len(self.steps) - 1}":  # an alias of something earlier
             self._emit(Call("copy", (self.names[last],)))
         return Epilogue(tuple(self.steps), tuple(self.operands), dtype)
@@ -296,14 +298,12 @@ class _Translation:
             return calls
         result: str | float = ""
         for call in calls:
-            arguments = tuple(self._argument(a, result) for a in call.arguments)
-            wrong = next((a for a in arguments if not isinstance(a, str | float)), None)
+            wrong = next((a for a in call.arguments if not self._is_known(a)), None)
             if wrong is not None:
                 return f"an argument is a {type(wrong).__name__}, not a tensor or a constant"
+            arguments = tuple(self._argument(a, result) for a in call.arguments)
             same = call.function == "copy"
             result = arguments[0] if same else self._emit(Call(call.function, arguments))
-        if not isinstance(result, str):
-            return "it is a constant"
         self.names[node] = result
         return None
 
@@ -311,12 +311,16 @@ class _Translation:
         self.steps.append(Step(call.function, call.arguments))
         return f"t{len(self.steps) - 1}"
 
-    def _argument(self, argument: Any, previous: str | float) -> Any:
+    def _is_known(self, argument: Any) -> bool:
+        """Whether it is a node that has a name, a number, or the result before; texts are not."""
+        if isinstance(argument, fx.Node):
+            return argument in self.names
+        return argument is Call.PREVIOUS or isinstance(argument, bool | int | float)
+
+    def _argument(self, argument: Any, previous: str | float) -> str | float:
         if argument is Call.PREVIOUS:
             return previous
-        if isinstance(argument, fx.Node):
-            return self.names.get(argument, argument)
-        return float(argument) if isinstance(argument, bool | int | float) else argument
+        return self.names[argument] if isinstance(argument, fx.Node) else float(argument)
 
 
 def _leading(nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -150,6 +150,13 @@ def _scaled(function: str, first: str, second: str) -> Rule:
     return rule
 
 
+def _constant(a: dict[str, Any]) -> Calls | str:
+    """A tensor of one element that the graph makes on the spot."""
+    if any(size != 1 for size in a.get("size", ())):
+        return "it fills a tensor"
+    return (Call("copy", (a["s"] if "s" in a else a["fill_value"],)),)
+
+
 def _divide(a: dict[str, Any]) -> Calls | str:
     if a.get("rounding_mode") is not None:
         return f"it rounds: rounding_mode={a['rounding_mode']}"
@@ -241,12 +248,16 @@ _RULES: dict[Any, Rule] = {
     aten.logical_and: _plain("and", "self", "other"),
     aten.logical_or: _plain("or", "self", "other"),
     aten.logical_not: _plain("not"),
+    aten.__and__: _plain("and", "self", "other"),
+    aten.__or__: _plain("or", "self", "other"),
     aten.bitwise_and: _plain("and", "self", "other"),
     aten.bitwise_or: _plain("or", "self", "other"),
     aten.bitwise_not: _plain("not"),
     aten._to_copy: _cast,
     aten.to: _cast,
     torch.ops.prims.convert_element_type: _cast,
+    aten.scalar_tensor: _constant,
+    aten.full: _constant,
     aten.clone: _plain("copy"),
     aten.alias: _plain("copy"),
     aten.detach: _plain("copy"),
