@@ -14,7 +14,7 @@ import torch
 from codegen.cpp_kernels import compiler
 from codegen.cpp_kernels.compiler import ISAS, compile_library, find_compiler
 
-__all__ = ["RUNNABLE", "mutate", "needs_compiler", "poisoned"]
+__all__ = ["ISA_CASES", "RUNNABLE", "mutate", "needs_compiler", "poisoned"]
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler is installed")
 
@@ -30,6 +30,12 @@ def _runnable() -> list[str]:
 
 RUNNABLE = [isa for isa in _runnable() if isa in ISAS]
 """Keys of `ISAS` that this processor can run."""
+
+ISA_CASES = [
+    ("native", torch.float32),
+    *((isa, torch.bfloat16) for isa in RUNNABLE),
+]
+"""Both dtypes where most runs; elsewhere the one that is loaded in a way of its own. A compilation each."""
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from codegen.cpp_kernels.decode_attention import reference as attention_referenc
 from codegen.kernel import KernelDescription
 from rewriter.dialect.attention import MASKS
 from rewriter.errors import InputError
-from tests.codegen.cpp_kernels.running import RUNNABLE, mutate, needs_compiler, poisoned
+from tests.codegen.cpp_kernels.running import ISA_CASES, mutate, needs_compiler, poisoned
 from tests.codegen.tolerances import assert_near
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned")]
@@ -56,8 +56,7 @@ def check(d: KernelDescription, q: Tensor, k: Tensor, *positions: Tensor, **opti
     torch.testing.assert_close(sums.sum((1, 2)), seeing, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("isa", "dtype"), ISA_CASES)
 def test_instruction_sets(isa: str, dtype: torch.dtype) -> None:
     for q_len, kv_len in ((1, 1), (7, 63), (65, 65), (3, 130)):
         for threads in (1, 2, 3):

@@ -15,7 +15,7 @@ import codegen.cpp_kernels.merge_lse as kernel
 from codegen.cpp_kernels.merge_lse import MergeLse, merge_lse, reference
 from codegen.kernel import KernelDescription
 from rewriter.errors import InputError
-from tests.codegen.cpp_kernels.running import RUNNABLE, mutate, needs_compiler, poisoned
+from tests.codegen.cpp_kernels.running import ISA_CASES, mutate, needs_compiler, poisoned
 from tests.codegen.tolerances import assert_near
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned")]
@@ -43,8 +43,7 @@ def check(parts: Tensor, lse: Tensor, dtype: torch.dtype = torch.float32, **opti
     assert_near(out_lse, expected_lse)
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("isa", "dtype"), ISA_CASES)
 def test_instruction_sets(isa: str, dtype: torch.dtype) -> None:
     for width in (1, 7, 63, 64, 65):
         for threads in (1, 2, 3):

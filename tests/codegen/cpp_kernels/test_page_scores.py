@@ -14,7 +14,7 @@ import codegen.cpp_kernels.page_scores as kernel
 from codegen.cpp_kernels.page_scores import PageScores, page_scores, reference
 from codegen.kernel import KernelDescription
 from rewriter.errors import InputError
-from tests.codegen.cpp_kernels.running import RUNNABLE, mutate, needs_compiler, poisoned
+from tests.codegen.cpp_kernels.running import ISA_CASES, mutate, needs_compiler, poisoned
 from tests.codegen.tolerances import assert_near
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned")]
@@ -54,8 +54,7 @@ def check(
     assert (chosen.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("isa", "dtype"), ISA_CASES)
 def test_instruction_sets(isa: str, dtype: torch.dtype) -> None:
     for kv_len in (1, 7, 63, 65, 200):
         for threads in (1, 2, 3):

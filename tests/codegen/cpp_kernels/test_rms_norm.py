@@ -15,7 +15,7 @@ import codegen.cpp_kernels.rms_norm as kernel
 from codegen.cpp_kernels.rms_norm import RmsNorm, reference, rms_norm
 from codegen.kernel import KernelDescription
 from rewriter.errors import InputError
-from tests.codegen.cpp_kernels.running import RUNNABLE, mutate, needs_compiler, poisoned
+from tests.codegen.cpp_kernels.running import ISA_CASES, mutate, needs_compiler, poisoned
 from tests.codegen.tolerances import assert_near
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned")]
@@ -44,8 +44,7 @@ def check(
     assert torch.equal(total, expected_total)
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("isa", "dtype"), ISA_CASES)
 def test_instruction_sets(isa: str, dtype: torch.dtype) -> None:
     for width in (1, 7, 63, 64, 65, 257):
         for threads in (1, 2, 3):

@@ -14,7 +14,7 @@ import codegen.cpp_kernels.rotary_append as kernel
 from codegen.cpp_kernels.rotary_append import RotaryAppend, reference, rotary_append
 from codegen.kernel import KernelDescription
 from rewriter.errors import InputError
-from tests.codegen.cpp_kernels.running import RUNNABLE, mutate, needs_compiler, poisoned
+from tests.codegen.cpp_kernels.running import ISA_CASES, mutate, needs_compiler, poisoned
 from tests.codegen.tolerances import assert_near
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned")]
@@ -56,9 +56,8 @@ def check(d: KernelDescription, given: dict[str, Tensor], places: Tensor, **opti
         assert_near(mine[name], theirs[name])
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
+@pytest.mark.parametrize(("isa", "entry"), ISA_CASES)
 @pytest.mark.parametrize("form", ["half", "interleaved"])
-@pytest.mark.parametrize("entry", [torch.float32, torch.bfloat16])
 def test_instruction_sets(isa: str, form: str, entry: torch.dtype) -> None:
     d = describe(form, weight_dtype=entry)
     for head_dim, value_dim, width in ((64, 64, 64), (65, 7, 30), (2, 1, 2)):

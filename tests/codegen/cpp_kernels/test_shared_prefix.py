@@ -14,7 +14,7 @@ import codegen.cpp_kernels.shared_prefix as kernel
 from codegen.cpp_kernels.shared_prefix import SharedPrefix, reference, shared_prefix
 from codegen.kernel import KernelDescription
 from rewriter.errors import InputError
-from tests.codegen.cpp_kernels.running import RUNNABLE, mutate, needs_compiler, poisoned
+from tests.codegen.cpp_kernels.running import ISA_CASES, mutate, needs_compiler, poisoned
 from tests.codegen.tolerances import assert_near
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned")]
@@ -56,8 +56,7 @@ def check(
     assert_near(lse, expected_lse)
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("isa", "dtype"), ISA_CASES)
 def test_instruction_sets(isa: str, dtype: torch.dtype) -> None:
     for prefix_len in (1, 63, 130):
         for threads in (1, 2, 3):
