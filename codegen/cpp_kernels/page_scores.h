@@ -78,22 +78,28 @@ inline void page_votes(
     int64_t pages = shape.pages(), padded = shape.padded(), heads = shape.heads(), blocks = shape.blocks();
     const float* parts = scratch + shape.batch_size * heads * padded;
     Range mine = share(shape.batch_size * pages, thread, num_threads, 16);
-    for (int64_t at = mine.begin; at < mine.end; ++at) {
-        int64_t b = at / pages, start = at % pages * shape.page_size, end = start + shape.page_size;
+    for (int64_t at = mine.begin; at < mine.end;) {
+        int64_t b = at / pages, stop = (b + 1) * pages < mine.end ? (b + 1) * pages : mine.end;
+        int64_t t = at % pages * shape.page_size, end = (stop - b * pages) * shape.page_size;
         if (end > shape.entries()) end = shape.entries();
-        float best = largest_vote ? -INFINITY : 0.0f;
-        for (int64_t t = start; t < end; t += KV_BLOCK) {
+        for (int64_t i = at; i < stop; ++i) votes[i] = largest_vote ? -INFINITY : 0.0f;
+        at = stop;
+        for (; t < end; t += KV_BLOCK) {  // whatever the pages, so that loops are long
             float vote[KV_BLOCK] = {};
             int count = int(end - t < KV_BLOCK ? end - t : KV_BLOCK);
             for (int64_t head = b * heads; head < (b + 1) * heads; ++head) {
                 const float* scores = scratch + head * padded + t;
                 float lse = parts[head * blocks * 2];
-                for (int e = 0; e < count; ++e) vote[e] += exp_(scores[e] - lse);
+                if (count == KV_BLOCK)
+                    for (int e = 0; e < KV_BLOCK; ++e) vote[e] += exp_(scores[e] - lse);
+                else
+                    for (int e = 0; e < count; ++e) vote[e] += exp_(scores[e] - lse);
             }
-            for (int e = 0; e < count; ++e)
-                best = largest_vote ? (vote[e] > best ? vote[e] : best) : best + vote[e];
+            for (int e = 0; e < count; ++e) {
+                float& page = votes[b * pages + (t + e) / shape.page_size];
+                page = largest_vote ? (vote[e] > page ? vote[e] : page) : page + vote[e];
+            }
         }
-        votes[at] = best;
     }
 }
 
