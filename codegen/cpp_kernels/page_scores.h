@@ -36,17 +36,21 @@ inline void page_products(
     int64_t blocks = shape.blocks(), padded = shape.padded(), group = shape.group_size;
     float* parts = scratch + shape.batch_size * shape.heads() * padded;
     Range mine = share(shape.batch_size * shape.num_kv_heads * blocks, thread, num_threads);
-    const Key* keys[KV_BLOCK];
+    const Key *keys[KV_BLOCK], *next[KV_BLOCK];
     for (int64_t at = mine.begin; at < mine.end; ++at) {
         int64_t block = at % blocks, kv = at / blocks, b = kv / shape.num_kv_heads;
         int64_t start = block * KV_BLOCK, left = shape.entries() - start;
         int count = int(left < KV_BLOCK ? left : KV_BLOCK);
         const Key* from = k + b * k_batch + kv % shape.num_kv_heads * k_head + (shape.first + start) * k_entry;
-        for (int e = 0; e < KV_BLOCK; ++e) keys[e] = from + (e < count ? e : count - 1) * k_entry;
+        for (int e = 0; e < KV_BLOCK; ++e) {
+            keys[e] = from + (e < count ? e : count - 1) * k_entry;
+            next[e] = from + (KV_BLOCK + e < left ? KV_BLOCK + e : left - 1) * k_entry;
+        }
         for (int64_t r = 0; r < group; r += 4) {
             float scores[4 * KV_BLOCK];
             int64_t rows = group - r < 4 ? group - r : 4;
-            score_block<D>(q + (kv * group + r) * D, rows, keys, count, scale, scores);
+            score_block<D>(q + (kv * group + r) * D, rows, keys, count, scale, scores,
+                           Ahead<Key, D>{r == 0 ? next : nullptr});
             for (int64_t i = 0; i < rows; ++i) {
                 int64_t head = kv * group + r + i;
                 float peak = -INFINITY, total = 0, keep;
