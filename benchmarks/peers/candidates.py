@@ -30,7 +30,6 @@ class Candidate:
 CANDIDATES = (
     Candidate("HF eager", "hugging_face"),
     Candidate("HF compiled", "hugging_face", {"mode": "default"}),
-    Candidate("HF max-autotune", "hugging_face", {"mode": "max-autotune-no-cudagraphs"}),
     Candidate("rewriter eager", "rewritten", {"backend": "eager"}, ours=True),
     Candidate("rewriter inductor", "rewritten", {"backend": "inductor"}, ours=True),
     Candidate("rewriter cpu", "rewritten", {"backend": "cpu"}, ours=True),

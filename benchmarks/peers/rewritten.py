@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import rewriter
 from peers.hugging_face import llama_facts, read_model
 from peers.peer import Facts, Unavailable
 from rewriter.errors import ConfigError
+from rewriter.program import Program
 
 __all__ = ["load"]
 
@@ -37,8 +39,7 @@ class Rewritten:
 
     def __init__(self, optimized: Any, facts: Facts) -> None:
         self._optimized = optimized
-        weights = sum(t.nbytes for t in _weights(optimized.module))
-        self.facts = dataclasses.replace(facts, weight_bytes=weights)
+        self.facts = dataclasses.replace(facts, weight_bytes=_weight_bytes(optimized.program))
 
     def prefill(self, tokens: Sequence[int], capacity: int) -> Any:
         self._session = self._optimized.session(1, capacity=capacity)
@@ -48,5 +49,11 @@ class Rewritten:
         return self._session.run(torch.tensor([[token]]), logits_to_keep=1)[0, -1]
 
 
-def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _weight_bytes(program: Program) -> int:
+    """Of every tensor that the graph uses, but those that are only looked up in."""
+    lookup, used = torch.ops.aten.embedding.default, dict[int, int]()
+    for node in program.graph.find_nodes(op="get_attr"):
+        if any(user.target is not lookup for user in node.users):
+            tensor = attrgetter(str(node.target))(program.module)
+            used[tensor.data_ptr()] = tensor.nbytes
+    return sum(used.values())
