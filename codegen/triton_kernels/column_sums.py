@@ -147,8 +147,9 @@ def column_sums_kernel(
     # Rows are ordered by query, then head, so that those that can see a tile stand together.
     q_start = tl.load(q_starts + request).to(tl.int32)
     first = tl.min(tl.where(holds, j, 2147483647), 0)
-    low, high = query_range(first, tl.max(j, 0), q_start + q_len, MASK, SPAN, NUM_SINK_TOKENS)
-    start = tl.maximum(low - q_start, 0) * GROUP_SIZE
+    q_end = q_start + q_len
+    low, high = query_range(first, tl.max(j, 0), q_end, MASK, SPAN, NUM_SINK_TOKENS)
+    start = tl.maximum(tl.minimum(low, q_end) - q_start, 0) * GROUP_SIZE
     stop = (high - q_start) * GROUP_SIZE
 
     q += request.to(tl.int64) * q_batch

@@ -86,9 +86,14 @@ class Cached:
 def queries(
     description: KernelDescription, batch_size: int, num_kv_heads: int, kv_lens: Tensor, q_len: int
 ) -> tuple[Tensor, Tensor]:
-    """q bhsd and positions: the last q_len of each request, -1 before its start."""
-    shape = (batch_size, num_kv_heads * description.group_size, q_len, description.head_dim)
-    q = torch.randn(shape).to(description.dtype).to(kv_lens.device)
+    """q bhsd and positions: the last q_len of each request, -1 before its start.
+
+    Before and after q there are infinities, which a product with nothing (0 · inf) would report.
+    """
+    num_heads = num_kv_heads * description.group_size
+    room = torch.full((batch_size + 2, num_heads, q_len, description.head_dim), torch.inf)
+    room[1:-1] = torch.randn(room[1:-1].shape)
+    q = room.to(description.dtype).to(kv_lens.device)[1:-1]
     positions = kv_lens.unsqueeze(1) - q_len + torch.arange(q_len, device=kv_lens.device)
     return q, positions.clamp_min(-1)
 

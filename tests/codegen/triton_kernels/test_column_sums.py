@@ -107,6 +107,12 @@ def test_any_shape(
     check(replace(d, num_sink_tokens=2), lens, q_len=q_len)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal", "sliding_window", "chunked", "local"])
+def test_tiles_without_entries_read_no_queries(mask: str) -> None:
+    """The first request fills one tile of three, and most of its queries are padding."""
+    check(replace(PLAIN, mask=mask, span=10, group_size=4), [8, 40], q_len=13)
+
+
 def test_what_is_hidden_may_exceed_the_lse_by_far() -> None:
     q, k = torch.ones(1, 2, 3, 16, device=DEVICE), torch.ones(1, 1, 3, 16, device=DEVICE)
     k[:, :, 2] = 100.0  # only the last query sees it
@@ -124,7 +130,7 @@ def test_what_is_hidden_may_exceed_the_lse_by_far() -> None:
         ("tl.minimum(last + SPAN, q_end)", "tl.minimum(last + SPAN - 1, q_end)"),
         ("keep = keep & (j <= i) & ((i - j < SPAN)", "keep = keep & (j <= i) & ((i - j <= SPAN)"),
         ("kv_head * GROUP_SIZE + r % GROUP_SIZE", "kv_head * GROUP_SIZE"),
-        ("start = tl.maximum(low - q_start, 0)", "start = tl.maximum(low - q_start + 1, 0)"),
+        ("start = tl.maximum(", "start = GROUP_SIZE + tl.maximum("),
         ("sums += tl.sum", "sums = tl.sum"),
         ("* LOG2_E", ""),
         ("sums / DIVISOR", "sums"),
