@@ -265,6 +265,34 @@ def quality(
         write_json(report.to_json()) if as_json else command.show(report)
 
 
+@app.command()
+def kernels(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="directory to write to")],
+    target: Annotated[
+        str, typer.Option(help="cuda:sm_80, sm_86, sm_89 or sm_90, or hip:gfx942")
+    ] = "cuda:sm_90",
+    passes: Passes = None,
+    input_shape: Shape = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compile the GPU kernels that a model wants, without a GPU: source, machine code, launch data."""
+    with guarded(debug):
+        from rewriter.cli.kernels import kernels_of, shown
+
+        with stages() as on_stage:
+            summary = kernels_of(
+                model,
+                output,
+                target=target,
+                passes=passes or "default",
+                example_inputs=examples(input_shape),
+                on_stage=on_stage,
+            )
+        write_json(summary) if as_json else out.print(shown(summary, output), markup=False)
+
+
 def _optimized_or_saved(model: str, passes: list[str] | None, on_stage: Any) -> Any:
     from rewriter.api import load
     from rewriter.api import optimize as run

@@ -1,0 +1,202 @@
+"""Generated Triton text to machine code, ahead of time and without a GPU.
+
+The compiler runs in a process of its own (`python -m codegen.compile`), because Triton decides when it
+is imported whether kernels are compiled or interpreted, and because compilers can crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewriter.errors import ConfigError, RewriterError
+
+__all__ = ["TARGETS", "Compiled", "KernelCompileError", "Target", "compile_texts"]
+
+
+class KernelCompileError(RewriterError):
+    """A compiler refused generated text: a defect of the generator, told with its first messages."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of GPU.
+
+    Attributes:
+        backend: `"cuda"` or `"hip"`. arch: as Triton wants it.
+        warp_size: threads that run together.
+        binary, assembly: file name endings of what comes out.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    binary: str
+    assembly: str
+
+    @staticmethod
+    def parse(text: str) -> Target:
+        """A key of `TARGETS`. Raises ConfigError."""
+        if text not in TARGETS:
+            raise ConfigError("target", text, f"one of {', '.join(TARGETS)}")
+        return TARGETS[text]
+
+
+TARGETS = {
+    **{f"cuda:sm_{n}": Target("cuda", n, 32, "cubin", "ptx") for n in (80, 86, 89, 90)},
+    "hip:gfx942": Target("hip", "gfx942", 64, "hsaco", "amdgcn"),
+}
+"""What was tried, by its name on the command line."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target.
+
+    Attributes:
+        binary, assembly: cubin or hsaco; PTX or AMD assembly.
+        facts: entry, arguments in order with types and divisibility, constants, grid, threads,
+            shared_bytes, registers, spilled_bytes.
+    """
+
+    binary: bytes
+    assembly: str
+    facts: dict[str, Any]
+
+
+def compile_texts(texts: Mapping[str, str], target: str) -> dict[str, Compiled]:
+    """Compile every text that `generate` made, by name.
+
+    Args:
+        texts: names that are file names; target: a key of `TARGETS`.
+
+    Raises:
+        ConfigError: an unknown target, or no Triton.
+        KernelCompileError: a text did not compile.
+    """
+    kind = Target.parse(target)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for name, text in texts.items():
+            (place / f"{name}.py").write_text(text, encoding="utf-8")
+        _run_worker(place, target)
+        facts = json.loads((place / "facts.json").read_text())
+        return {
+            name: Compiled(
+                (place / f"{name}.{kind.binary}").read_bytes(),
+                (place / f"{name}.{kind.assembly}").read_text(),
+                facts[name],
+            )
+            for name in texts
+        }
+
+
+def _run_worker(place: Path, target: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Triton 3.10 changes the default and warns; fused multiply-adds are what the tests allow for.
+    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "codegen.compile", str(place), target]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode == _NO_TRITON:
+        raise ConfigError("target", target, "nothing without Triton: pip install rewriter[gpu]")
+    if run.returncode != 0:
+        told = "\n".join(run.stderr.strip().splitlines()[-12:])
+        raise KernelCompileError(f"Triton for {target}:\n{told}")
+
+
+_NO_TRITON = 7
+"""Exit code of the worker."""
+
+
+def _work(place: Path, target: Target) -> None:
+    """In the worker: compile each text in the folder, leaving binaries, assembly and facts there."""
+    facts = {}
+    for path in sorted(place.glob("*.py")):
+        try:
+            facts[path.stem] = _compile(path, target)
+        except Exception as error:
+            raise KernelCompileError(f"{path.stem}: {error}") from error
+    (place / "facts.json").write_text(json.dumps(facts))
+
+
+def _compile(path: Path, target: Target) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from codegen.triton_kernels.generate import load_file
+
+    module = load_file(path)
+    launch = module.LAUNCH
+    function = getattr(module, launch["kernel"])
+    constants, signature, attributes = dict(launch["constants"]), {}, {}
+    arguments = []
+    for position, name in enumerate(function.arg_names):
+        kind, _, divisor = launch["signature"].get(name, "constexpr").partition(":")
+        if divisor == "1":
+            constants[name], kind = 1, "constexpr"
+        signature[name] = kind
+        if kind == "constexpr":
+            continue
+        arguments.append({"name": name, "type": kind, "divisible_by": int(divisor or 1)})
+        if divisor:
+            attributes[(position,)] = [["tt.divisibility", int(divisor)]]
+    kernel = triton.compile(
+        ASTSource(function, signature, constants, attributes),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
+    )
+    binary = path.with_suffix(f".{target.binary}")
+    binary.write_bytes(kernel.asm[target.binary])
+    path.with_suffix(f".{target.assembly}").write_text(kernel.asm[target.assembly])
+    return {
+        "entry": kernel.metadata.name,
+        "arguments": arguments,
+        "constants": constants,
+        "grid": list(launch["grid"]),
+        "threads": launch["num_warps"] * target.warp_size,
+        "shared_bytes": kernel.metadata.shared,
+        "scratch_bytes": kernel.metadata.global_scratch_size,
+        "triton": triton.__version__,
+        **_resources(target, binary, kernel.asm[target.assembly]),
+    }
+
+
+def _resources(target: Target, binary: Path, assembly: str) -> dict[str, int]:
+    """Registers of a thread, and bytes of them that had to go to memory."""
+    if target.backend == "hip":
+        found = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", assembly))
+        return {
+            "registers": int(found["vgpr_count"]),
+            "spilled_bytes": 4 * (int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])),
+        }
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", run.stdout))
+    return {
+        "registers": int(found["REG"]),
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),  # kernels have no stack else
+    }
+
+
+if __name__ == "__main__":
+    try:
+        import triton as _triton  # noqa: F401
+    except ImportError:
+        sys.exit(_NO_TRITON)
+    try:
+        _work(Path(sys.argv[1]), TARGETS[sys.argv[2]])
+    except KernelCompileError as _error:
+        sys.exit(str(_error))
