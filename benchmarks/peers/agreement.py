@@ -10,9 +10,9 @@ __all__ = ["Agreement", "agreement"]
 
 MAX_ERROR = {"float32": 1e-3, "bfloat16": 1e-1, "int8": 5e-1}
 """Largest |logits - reference| over the largest |reference|."""
-MAX_DIVERGENCE = {"float32": 1e-4, "bfloat16": 5e-3, "int8": 2e-2}
-"""Mean Kullback-Leibler divergence in nats. These models' is 0.2 where rotations are wrong;
-rounding to bfloat16 costs 3e-4 at most, int8 weights 4e-3."""
+MAX_DIVERGENCE = {"float32": 1e-4, "bfloat16": 5e-3, "int8": 5e-2}
+"""Mean Kullback-Leibler divergence in nats. These models' is 0.2 where rotations are wrong; int8 weights
+cost up to 2e-2, at 2,048 tokens of context, and rounding to bfloat16 less than 1e-3."""
 
 
 @dataclass(frozen=True)

@@ -88,13 +88,19 @@ def table(outcomes: Sequence[Outcome], context: int, title: str) -> Table:
         keys = (
             "min_ms p50_ms p90_ms floor_ms min_over_floor p50_over_floor p50_over_best_peer".split()
         )
-        cells = ["-" if found[key] is None else f"{found[key]:.2f}" for key in keys]
+        cells = [_short(found[key]) for key in keys]
         same = f"{times.agreement.same_tokens}/{times.agreement.rows}"
         name = (
             f"[bold]{outcome.candidate.name}" if outcome.candidate.ours else outcome.candidate.name
         )
         result.add_row(name, *cells, f"{times.agreement.divergence:.0e}", same)
     return result
+
+
+def _short(number: float | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number:.2f}" if number < 100 else f"{number:.0f}"
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
