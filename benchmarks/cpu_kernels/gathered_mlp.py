@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ __all__ = ["cases"]
 
 INTERMEDIATE_SIZE, HIDDEN_SIZE = 8192, 2048
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 0.9)
+BLOCKS_BYTES = 600_000_000
+"""Calls go around among copies of the weights, as among a model's layers: none is in a cache."""
 _DENSE = """\
 #include "functions.h"
 #include "gemv.h"
@@ -60,15 +64,30 @@ def cases() -> Iterator[Case]:
 def _case(dtype: torch.dtype) -> Case:
     generator = torch.Generator().manual_seed(0)
     size = INTERMEDIATE_SIZE, HIDDEN_SIZE
-    weights = torch.randn(3, *size, generator=generator).div(HIDDEN_SIZE**0.5).to(dtype)
-    gate, up, down = weights
+    one = torch.randn(3, *size, generator=generator).div(HIDDEN_SIZE**0.5).to(dtype)
+    blocks = -(-BLOCKS_BYTES // one.nbytes)
+    weights = one.repeat(blocks, 1, 1, 1)
+    downs = one[2].T.repeat(blocks, 1, 1)  # for the dense block, whose rows are outputs
+    gate, up, down = one
     x = torch.randn(1, HIDDEN_SIZE, generator=generator).to(dtype)
+    at = itertools.cycle(range(blocks))
+
+    def dense() -> Tensor:
+        block = next(at)
+        return _dense(x, *weights[block, :2], downs[block])
+
+    def with_block(form: Callable[..., Tensor], kept: Any) -> Tensor:
+        return form(x, *weights[next(at)], kept, activation="silu")
+
     gated = torch.nn.functional.silu(x.float() @ gate.float().T)[0]
     everything = torch.arange(INTERMEDIATE_SIZE)
-    dense = functools.partial(_dense, x, gate, up, down.T.contiguous())
-    candidates = [Candidate("dense", dense, float(weights.nbytes))]
+    candidates = [Candidate("dense", dense, float(one.nbytes))]
     for density in DENSITIES:
-        candidates += _sparse(x, gate, up, down, gated, density, generator)
+        for name, form, kept, indices in _forms(gated, density, generator):
+            moved = cost(x, gate, down, len(indices), gate_is_dense=name != "given").bytes_moved
+            expected = reference(x, gate, up, down, indices, activation="silu")
+            call = functools.partial(with_block, form, kept)
+            candidates.append(Candidate(f"{name} {density:.2f}", call, moved, expected))
     return Case(
         kernel="gathered_mlp",
         name=f"{INTERMEDIATE_SIZE}x{HIDDEN_SIZE} {str(dtype).removeprefix('torch.')}",
@@ -79,33 +98,18 @@ def _case(dtype: torch.dtype) -> Case:
     )
 
 
-def _sparse(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gated: Tensor,
-    density: float,
-    generator: torch.Generator,
-) -> Iterator[Candidate]:
-    """The three forms at one density, each with what it has to give."""
+def _forms(
+    gated: Tensor, density: float, generator: torch.Generator
+) -> Iterator[tuple[str, Callable[..., Tensor], Any, Tensor]]:
+    """Name, launcher, its argument, and the neurons that it has to keep."""
     keep = int(density * INTERMEDIATE_SIZE)
     given = torch.randperm(INTERMEDIATE_SIZE, generator=generator)[:keep].sort().values
     largest = kept_largest(gated, keep)
     ordered = gated.abs().sort(descending=True).values
     threshold = ordered[keep - 1 : keep + 1].mean().item()  # between the last kept and the next
-    for name, call, indices in (
-        ("given", lambda: gathered_mlp(x, gate, up, down, given, activation="silu"), given),
-        ("top-k", lambda: top_k_mlp(x, gate, up, down, keep, activation="silu"), largest),
-        (
-            "threshold",
-            lambda: threshold_mlp(x, gate, up, down, threshold, activation="silu"),
-            largest,
-        ),
-    ):
-        moved = cost(x, gate, down, keep, gate_is_dense=name != "given").bytes_moved
-        expected = reference(x, gate, up, down, indices, activation="silu")
-        yield Candidate(f"{name} {density:.2f}", call, moved, expected)
+    yield "given", gathered_mlp, given, given
+    yield "top-k", top_k_mlp, keep, largest
+    yield "threshold", threshold_mlp, threshold, largest
 
 
 def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
