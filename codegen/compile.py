@@ -63,8 +63,8 @@ class Compiled:
 
     Attributes:
         binary, assembly: cubin or hsaco; PTX or AMD assembly.
-        facts: entry, arguments in order with types and divisibility, constants, grid, threads,
-            shared_bytes, registers, spilled_bytes.
+        facts: entry, arguments in order with types and divisibility, the pointers trailing them (null
+            where scratch_bytes is 0), constants, grid, threads, shared_bytes, registers, spilled_bytes.
     """
 
     binary: bytes
@@ -162,6 +162,7 @@ def _compile(path: Path, target: Target) -> dict[str, Any]:
     return {
         "entry": kernel.metadata.name,
         "arguments": arguments,
+        "trailing": ["global_scratch", "profile_scratch"],
         "constants": constants,
         "grid": list(launch["grid"]),
         "threads": launch["num_warps"] * target.warp_size,
@@ -175,10 +176,10 @@ def _compile(path: Path, target: Target) -> dict[str, Any]:
 def _resources(target: Target, binary: Path, assembly: str) -> dict[str, int]:
     """Registers of a thread, and bytes of them that had to go to memory."""
     if target.backend == "hip":
-        found = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", assembly))
+        found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly))
         return {
-            "registers": int(found["vgpr_count"]),
-            "spilled_bytes": 4 * (int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])),
+            "registers": int(found["vgpr_count"]),  # scalar ones spill into lanes of these
+            "spilled_bytes": int(found["private_segment_fixed_size"]),
         }
     from triton import knobs
 

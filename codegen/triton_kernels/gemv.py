@@ -51,9 +51,10 @@ class GemvConfig:
 CONFIGS = {
     "row": GemvConfig(block_n=4, block_k=1024),
     "rows": GemvConfig(block_n=64, block_k=64),
+    "rows float32": GemvConfig(block_n=32, block_k=32),  # multiplied without tensor cores
 }
-"""By form. Chosen so that nothing spills on sm_80, sm_90 and gfx942 and that 4096 outputs give each of
-an H100's 132 SMs several programs (one row) or half of them one (more); not timed."""
+"""By form and dtype. Chosen so that nothing spills on sm_80, sm_90 and gfx942 and that 4096 outputs give
+each of an H100's 132 SMs several programs (one row) or half of them one (more); not timed."""
 
 
 @triton.jit
@@ -105,6 +106,12 @@ def gemv_kernel(
     tl.store(out + m * out_row + n, acc.to(out.dtype.element_ty), mask=live_m & live_n)
 
 
+def config_for(description: KernelDescription) -> GemvConfig:
+    """The tiles of a description."""
+    wide = description.form == "rows" and description.dtype == torch.float32
+    return CONFIGS["rows float32" if wide else description.form]
+
+
 class Gemv(Kernel):
     """`form` is `"row"` (one) or `"rows"` (2 to 16); `weight_dtype` int8 has a scale for each output."""
 
@@ -113,13 +120,13 @@ class Gemv(Kernel):
 
     def supports(self, description: KernelDescription) -> str | None:
         """See `Kernel`."""
-        refusal = float_refusal(description) or one_of("form", description.form, tuple(CONFIGS))
+        refusal = float_refusal(description) or one_of("form", description.form, ("row", "rows"))
         allowed = (None, description.dtype, torch.int8)
         return refusal or one_of("weight_dtype", description.weight_dtype, allowed)
 
     def source(self, description: KernelDescription) -> str:
         """See `Kernel`."""
-        config = CONFIGS[description.form]
+        config = config_for(description)
         wide = pointer(description.dtype)
         epilogue = description.epilogue
         out = epilogue.dtype if epilogue and epilogue.dtype else description.dtype
@@ -189,7 +196,7 @@ def gemv(
     out = x.new_empty((rows, out_features), dtype=dtype)
     extra = epilogue.launch_arguments(operands, rows, out_features) if epilogue else []
     sizes = (rows, in_features, out_features, x.stride(0), weight.stride(0), out.stride(0))
-    grid = (triton.cdiv(out_features, CONFIGS[description.form].block_n) if rows else 0,)
+    grid = (triton.cdiv(out_features, config_for(description).block_n) if rows else 0,)
     tensors = (x, weight, weight if scale is None else scale.contiguous(), out)
     run(GEMV, description, grid, (*tensors, *sizes, *extra))
     return out

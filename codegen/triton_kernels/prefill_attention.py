@@ -84,7 +84,7 @@ CONFIGS = {
     "16-bit 128": PrefillConfig(128, 32, num_warps=8, num_stages=3),
     "16-bit 256": PrefillConfig(64, 32, num_warps=8),
     "float32 64": PrefillConfig(32, 32, num_warps=8),
-    "float32 128": PrefillConfig(32, 32, num_warps=8),
+    "float32 128": PrefillConfig(32, 16, num_warps=8),
     "float32 256": PrefillConfig(16, 16, num_warps=8, num_stages=1),
 }
 """By dtype and the widest head. Taken from what the compiler says, not from timings: large tiles that fit
