@@ -36,13 +36,15 @@ def _case(out_size: int, in_size: int, dtype: torch.dtype, vectors: int) -> Case
     full = torch.randn(out_size, in_size, generator=generator) / in_size**0.5
     weight, scale = quantize_rows(full) if dtype == torch.int8 else (full.to(dtype), None)
     moved = cost(x, weight).bytes_moved
+    tiny = weight[:16], None if scale is None else scale[:16]
     candidates = [
-        Candidate("ours", lambda: gemv(x, weight, scale), moved),
-        Candidate("torch", _torch(x, weight, scale), moved),
+        Candidate("ours", lambda: gemv(x, weight, scale), moved, None, lambda: gemv(x, *tiny)),
+        Candidate("torch", _torch(x, weight, scale), moved, None, _torch(x, *tiny)),
     ]
     if dtype == torch.float32:
-        call = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # noqa: E731
-        candidates.append(Candidate("oneDNN", call, moved))
+        candidates.append(
+            Candidate("oneDNN", _one_dnn(x, weight), moved, None, _one_dnn(x, tiny[0]))
+        )
     return Case(
         kernel="gemv",
         name=f"{out_size}x{in_size} {str(dtype).removeprefix('torch.')} M={vectors}",
@@ -60,3 +62,8 @@ def _torch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Callable[[], Tens
         return lambda: linear(x, weight)
     scales = scale.to(x.dtype)
     return lambda: torch.ops.aten._weight_int8pack_mm(x, weight, scales)
+
+
+def _one_dnn(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """What torch.compile makes of a frozen fp32 linear layer."""
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
