@@ -128,7 +128,9 @@ def test_unusable_targets_are_refused_before_the_long_work(tmp_path: Path) -> No
 def test_what_a_language_model_wants() -> None:
     from codegen.wanted_kernels import wanted_kernels
 
-    program = derive(raise_program(capture_causal_lm(small_lm("llama"))).program)
+    program = capture_causal_lm(small_lm("llama"))
+    raise_program(program)
+    program = derive(program)
     wanted, unmet = wanted_kernels(program)
     assert not unmet
     operators = {each.description.operator for each in wanted}
