@@ -28,12 +28,12 @@ CASES = (
     ("retrieval", 80),
     ("retrieval", 330),
     ("retrieval", 664),
-    ("tracking", 12),
-    ("tracking", 60),
-    ("tracking", 240),
+    ("tracking", 20),
+    ("tracking", 110),
+    ("tracking", 440),
     ("affixes", 12),
-    ("affixes", 50),
-    ("affixes", 190),
+    ("affixes", 60),
+    ("affixes", 240),
 )
 """Task, and entries in the context."""
 
@@ -52,8 +52,9 @@ def accuracy(
         sample = encoding.encode(TASKS[task].sample(rng, size, per_context, held_out=True))
         for question, answer in zip(sample.questions, sample.answers, strict=True):
             prompt = sample.context + question
-            logits = model(torch.tensor([prompt + answer])).logits[0]
-            right += int(_all_first(logits[len(prompt) - 1 : -1], torch.tensor(answer)))
+            ids = torch.tensor([prompt + answer])
+            logits = model(ids, logits_to_keep=len(answer) + 1).logits[0]
+            right += int(_all_first(logits[:-1], torch.tensor(answer)))
             asked += 1
     return right / asked
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from rewriter.quality.tasks import END, TASKS, Question
 from rewriter.quality.tasks.sentences import sentence
 
-PIECES_PER_ENTRY = {"retrieval": 3, "tracking": 4, "affixes": 5}
-PIECES_PER_QUESTION = {"retrieval": 4, "tracking": 11, "affixes": 6}
+PIECES_PER_ENTRY = {"retrieval": 3, "tracking": 2.25, "affixes": 4}
+PIECES_PER_QUESTION = {"retrieval": 4, "tracking": 8, "affixes": 5}
 """Tokens that an entry of a context, and a question with its answer, take on average."""
 
-CONTEXT_SHARES = {"retrieval": 0.3, "tracking": 0.4, "affixes": 0.3}
+CONTEXT_SHARES = {"retrieval": 0.35, "tracking": 0.4, "affixes": 0.25}
 PROBLEM_SHARES = {
     "arithmetic": 0.25,
     "recalled-arithmetic": 0.3,
@@ -91,8 +91,8 @@ class Sequences:
         """One context and as many questions as fit."""
         name = self.rng.choices(list(CONTEXT_SHARES), list(CONTEXT_SHARES.values()))[0]
         task, entry, question = TASKS[name], PIECES_PER_ENTRY[name], PIECES_PER_QUESTION[name]
-        size = min(task.largest, max(task.smallest, int(length * share) // entry))
-        count = max(1, (length - size * entry) // question)
+        size = min(task.largest, max(task.smallest, int(length * share / entry)))
+        count = max(1, int(length - size * entry) // question)
         sample = task.sample(self.rng, size, count, held_out=False)
         return [(sample.context, False), *_taught(sample.questions)]
 

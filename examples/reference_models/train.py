@@ -38,10 +38,13 @@ CURRICULUM = (
     (0.05, {64: 1.0}),
     (0.15, {128: 1.0}),
     (0.35, {128: 0.4, 256: 0.4, 512: 0.2}),
-    (0.60, {256: 0.5, 512: 0.3, 1024: 0.2}),
-    (1.00, {256: 0.45, 512: 0.15, 1024: 0.2, 2304: 0.2}),
+    (0.60, {256: 0.6, 512: 0.25, 1024: 0.15}),
+    (1.00, {256: 0.5, 512: 0.15, 1024: 0.15, 2304: 0.2}),
 )
-"""Until this part of the training: share of steps by row length. Going on is all in the last part."""
+"""Until this part of the training: share of steps by row length."""
+
+GROWN = 0.35
+"""Part of the curriculum that is left out when a trained model goes on."""
 
 MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 WARMUP, COOLDOWN = 0.02, 0.65
@@ -99,8 +102,8 @@ class Plan:
 
     Attributes:
         steps: at most; the schedule is over these. minutes: if given, the schedule is over this time.
-        rates: multiplier of the learning rates. grown: the model is trained already, and learns from
-            the longest rows on.
+        rates: multiplier of the learning rates. grown: the model is trained already, and leaves the
+            shortest rows out.
     """
 
     steps: int
@@ -127,9 +130,10 @@ def train(
     attention.use_tiled_attention(model)
     if plan.compile:
         compile_parts(model, loss_of)
+    skipped = GROWN if plan.grown else 0.0
     started, done, step = time.monotonic(), 0.0, 0
     while done < 1:
-        length = sequence_length(1.0 if plan.grown else done, rng)
+        length = sequence_length(skipped + (1 - skipped) * done, rng)
         batch = data.batch(TOKENS_PER_STEP // length, length, CONTEXT_SHARES[length])
         ids, labels = map(torch.from_numpy, batch)
         learned = labels >= 0

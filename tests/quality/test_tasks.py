@@ -78,39 +78,39 @@ def test_retrieval_asks_for_pairs_of_the_context():
         assert pairs[question.prompt.removeprefix("? ")] == question.answer
 
 
-def test_tracking_follows_the_assignments():
+def test_tracking_follows_the_pointers():
     for context, question in questions("tracking"):
-        values = dict(line.split(" = ") for line in context.strip("[]").split(", "))
+        values = dict(line.split() for line in context.strip("[]").split(", "))
         name, way = question.prompt.removeprefix("? "), []
         while name in values:
             name = values[name]
             way.append(name)
-        assert question.answer == f"= {' = '.join(way)}; {name}"
+        assert question.answer == f"{' '.join(way)}; {name}"
         assert 2 <= len(way) <= 4
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 30, 1024])
-def test_every_name_is_in_one_chain_and_assigned_once(size):
+def test_every_name_is_at_one_place_of_one_chain(size):
     context = TASKS["tracking"].draw(Random(size), size, 1).context
-    lines = [line.split(" = ") for line in context.strip("[]").split(", ")]
+    lines = [line.split() for line in context.strip("[]").split(", ")]
     left, right = zip(*lines, strict=True)
     assert len(set(left)) == len(left) and len(set(right)) == len(right)
     assert len({*left, *right}) <= size
 
 
-def test_affixes_are_known_by_their_first_half():
+def test_affixes_are_known_by_their_first_two_words():
     for sample in samples("affixes"):
         strings = [s.split() for s in sample.context.strip("()").split(", ")]
         words = [word for string in strings for word in string]
-        assert len(strings) == 30 and len(set(words)) == len(words) == 4 * 30
-        halves = {" ".join(s[:2]): " ".join(s[2:]) for s in strings}
+        assert len(strings) == 30 and len(set(words)) == len(words) == 3 * 30
+        last = {f"{a} {b}": c for a, b, c in strings}
         for question in sample.questions:
-            assert halves[question.prompt.removeprefix("? ")] == question.answer
+            assert last[question.prompt.removeprefix("? ")] == question.answer
 
 
 def test_affixes_have_as_many_strings_as_there_are_words_for():
     sample = TASKS["affixes"].draw(Random(0), 1000, 1)
-    assert sample.context.count(",") + 1 == TASKS["affixes"].largest == len(WORDS) // 4
+    assert sample.context.count(",") + 1 == TASKS["affixes"].largest == len(WORDS) // 3
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -132,7 +132,7 @@ def test_held_out_problems_are_apart(name, held_out):
 
 def test_final_answers_are_compared_in_one_spelling():
     assert final_answer("14+25=39; 3 9 \n ? x") == "39"
-    assert final_answer(" = kabo = 3 1 ;  31 .") == "31"
+    assert final_answer(" 14+17 = 3 1 ;  31 .") == "31"
     assert final_answer("temo gusa") == final_answer(" temo  gusa\n") == "temo gusa"
     assert final_answer("") == ""
 
