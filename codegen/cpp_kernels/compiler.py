@@ -127,6 +127,9 @@ def _openmp_runtime() -> Path | None:
     Two runtimes in one process keep two pools of threads that fight for the cores. A bundled
     `libgomp.so.1` is found by that name, as it is loaded already; a renamed one has to be named.
     """
-    folders = (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs")
+    folders = (
+        Path(torch.__file__).parent / "lib",
+        Path(torch.__file__).parent.parent / "torch.libs",
+    )
     found = [path for folder in folders for path in sorted(folder.glob("libgomp-*.so*"))]
     return found[0] if found else None

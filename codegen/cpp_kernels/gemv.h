@@ -139,9 +139,15 @@ inline void gemm_rows(const W* w, int64_t stride, const float* x, int64_t x_stri
                       int64_t columns, Out&& out, int thread, int num_threads) {
     constexpr int R = rows_per_block(M);
     Range mine = share(rows, thread, num_threads, R);
+    // GCC 12 makes one group of stores to out[m * rows + row] for several m, and writes back what it read
+    // between them, over what another thread has stored there meanwhile: nothing may pass one store.
+    auto apart = [&](int64_t row, int m, float value) {
+        out(row, m, value);
+        if constexpr (M > 1) asm volatile("" ::: "memory");
+    };
     if constexpr (M <= 2) {
         auto row_at = [&](int64_t i) { return w + i * stride; };
-        sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, out);
+        sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, apart);
     } else {
         constexpr int64_t PANEL = 64, PART = 8192 / M / 64 * 64;
         for (int64_t first = mine.begin; first < mine.end; first += PANEL) {
@@ -154,7 +160,7 @@ inline void gemm_rows(const W* w, int64_t stride, const float* x, int64_t x_stri
                 sweep_rows<R, M>(0, count, row_at, x + c, x_stride, width, add);
             }
             for (int64_t i = 0; i < count; ++i)
-                for (int m = 0; m < M; ++m) out(first + i, m, sums[i][m]);
+                for (int m = 0; m < M; ++m) apart(first + i, m, sums[i][m]);
         }
     }
 }
