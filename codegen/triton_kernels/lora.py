@@ -52,7 +52,7 @@ class LoraConfig:
     """Tiles of both kernels.
 
     Attributes:
-        block_k: inputs of a step of the first.
+        block_k: inputs of a step of the first; half as many for ranks above 64.
         piece: inputs of one of its programs, a multiple of `block_k`.
         block_n: outputs of a program of the second.
     """
@@ -211,7 +211,7 @@ class LoraShrink(Kernel):
             },
             constants={
                 "BLOCK_R": _block_r(description),
-                "BLOCK_K": CONFIG.block_k,
+                "BLOCK_K": CONFIG.block_k // max(1, _block_r(description) // 64),
                 "PIECE": CONFIG.piece,
             },
             launch=Launch(("rows", "chunks * pieces"), CONFIG.num_warps, CONFIG.num_stages),
