@@ -204,6 +204,8 @@ def _measure_all(run: Run, references: dict[int, np.ndarray]) -> list[Outcome]:
         finally:
             for runner in runners:
                 runner.client.close()
+    for times in (times for outcome in outcomes for times in outcome.contexts.values()):
+        times.floor_ms = times.bytes_per_token / _bandwidth(run, times) * 1e3
     return outcomes
 
 
@@ -268,17 +270,16 @@ def _measure(run: Run, runners: list[Runner], context: int, reference: np.ndarra
     racing = [runner for runner in runners if context in runner.outcome.contexts]
     tokens, turn = run.tokens(context), UNTIMED + run.arguments.steps
     start = context + CHECKED_STEPS
-    buffer = torch.ones(2**18 * max((_mebibytes(r, context) for r in racing), default=0))
+    sizes = {_mebibytes(runner.outcome.contexts[context]) for runner in racing}
+    buffer = torch.ones(2**18 * max(sizes, default=0))
     run.tell(f"{len(racing)} take turns")
     for first in range(start, start + run.arguments.rounds * turn, turn):
         for runner in racing:
             if runner.outcome.status == "timed":
                 _take_turn(runner, context, tokens[first : first + turn])
-        for mebibytes in {_mebibytes(runner, context) for runner in racing}:
+        for mebibytes in sizes:
             _read(run, buffer[: 2**18 * mebibytes], mebibytes)
     for runner in racing:
-        times = runner.outcome.contexts[context]
-        times.floor_ms = times.bytes_per_token / run.bandwidth[_mebibytes(runner, context)] * 1e3
         if runner.outcome.status != "timed":
             runner.outcome.contexts.clear()
 
@@ -328,10 +329,15 @@ def _read(run: Run, buffer: Tensor, mebibytes: int) -> None:
         run.bandwidth[mebibytes] = max(found, run.bandwidth.get(mebibytes, 0.0))
 
 
-def _mebibytes(runner: Runner, context: int) -> int:
+def _mebibytes(times: Timed) -> int:
     """Read by one token, rounded up to a multiple of 32, so that candidates share what is measured."""
-    read = runner.outcome.contexts[context].bytes_per_token
-    return min(MOST_READ_MIB, 32 * math.ceil(read / 2**25))
+    return min(MOST_READ_MIB, 32 * math.ceil(times.bytes_per_token / 2**25))
+
+
+def _bandwidth(run: Run, times: Timed) -> float:
+    """Bytes a second of reading as much as one token does: no less than where more was read."""
+    least = _mebibytes(times)
+    return max(found for mebibytes, found in run.bandwidth.items() if mebibytes >= least)
 
 
 def _store(result: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:

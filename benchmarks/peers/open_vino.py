@@ -65,7 +65,8 @@ class OpenVino:
         shape = stored_config(directory.with_name("model"))
         entries = 2 * shape["num_key_value_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
         self.facts = Facts(
-            weight_bytes=_weight_bytes(model),
+            # the file holds fp32; the plugin rounds the matrices when it compiles
+            weight_bytes=_weight_bytes(model) // (2 if dtype == "bfloat16" else 1),
             entry_bytes=entries * ENTRY_BYTES[kept],
             settings=f"weights {dtype}, activations {activations}, keys and values {kept}",
             versions={"openvino": openvino.__version__},
@@ -88,7 +89,7 @@ def _convert(model_dir: Path, directory: Path, dtype: str) -> None:
 
     from peers.hugging_face import read_model
 
-    original = read_model(model_dir).float()
+    original = read_model(model_dir).float()  # a bfloat16 trace gives wrong logits
     model: Any = _stateful(original)
     if dtype == "int8":
         import nncf
