@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -360,6 +361,19 @@ def test_wrong_operands_are_refused() -> None:
         epilogue.launch_arguments([torch.zeros(3)], 2, 3)
 
 
+@contextmanager
+def fresh_texts() -> Iterator[None]:
+    """No text that was made earlier is used inside, and none that is made inside later."""
+    pytest.importorskip("triton")
+    from codegen.triton_kernels.generate import described
+
+    described.cache_clear()
+    try:
+        yield
+    finally:
+        described.cache_clear()
+
+
 @needs_compiler
 @pytest.mark.parametrize("function", ["tanh", "gelu_tanh", "silu", "sub", "where", "maximum"])
 def test_a_wrong_translation_is_noticed(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +388,8 @@ def test_a_wrong_translation_is_noticed(function: str, monkeypatch: pytest.Monke
     first = (Step("gt", ("value", 0.0)),) if function == "where" else ()
     epilogue = Epilogue((*first, Step(function, arguments.get(function, ("value",)))))
     value = torch.randn(ROWS, COLUMNS)
-    for result in (in_cpp([(epilogue, value, ())])[0], in_triton(epilogue, value * 1.0, ())):
+    with fresh_texts():
+        results = (in_cpp([(epilogue, value, ())])[0], in_triton(epilogue, value, ()))
+    for result in results:
         with pytest.raises(AssertionError):
             torch.testing.assert_close(result, epilogue.reference(value), rtol=2e-6, atol=2e-6)
