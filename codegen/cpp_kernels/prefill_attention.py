@@ -17,9 +17,9 @@ kernel with the mask as a tensor:
 | 4096 | window of 1024 | 108 | 306 | 68 | 128 |
 | 4096 | 4 sinks, window of 1024 | 118 | 312 | 69 | 124 |
 
-The fused kernel's two traps: a row that sees nothing gets an lse of 0 instead of -inf, and a mask has to be of the
-queries' dtype. Sources: https://arxiv.org/abs/2205.14135; sinks: https://arxiv.org/abs/2309.17453; tiles:
-https://arxiv.org/abs/2407.02490
+The fused kernel's two traps: a row that sees nothing gets an lse of 0 instead of -inf, and a mask has to be
+of the queries' dtype. Sources: https://arxiv.org/abs/2205.14135; sinks: https://arxiv.org/abs/2309.17453;
+tiles: https://arxiv.org/abs/2407.02490
 """
 
 from __future__ import annotations

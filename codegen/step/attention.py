@@ -11,6 +11,7 @@ from torch import fx
 from codegen.epilogue import cpp_constant
 from codegen.step.extent import Extent
 from codegen.step.pointwise import stored
+from codegen.step.share import SHARE_FLOATS
 from codegen.step.text import Parameters
 from codegen.step.value import Refusal, Value
 
@@ -70,7 +71,8 @@ for (int64_t r = mine.begin; r < mine.end; ++r) {{
     }}
     {rest if 2 * half < width else ""}
 }}"""
-    plan.phase(node, "rope", body.strip(), parameters, "vec.h")
+    shares = plan.shares_of(batch * heads * rows * width, SHARE_FLOATS)
+    plan.phase(node, "rope", body.strip(), parameters, "vec.h", shares=shares)
     return result
 
 
@@ -124,7 +126,8 @@ const rw::Range mine = rw::share({batch * heads}, thread, num_threads);
 for (int64_t r = mine.begin; r < mine.end; ++r) {{
     const int64_t batch = r / {heads}, head = r % {heads};{"".join(parts)}
 }}"""
-    plan.phase(node, "kv_append", body.strip(), parameters, "vec.h")
+    shares = plan.shares_of(batch * heads * _four(pairs[0][1])[3], SHARE_FLOATS)
+    plan.phase(node, "kv_append", body.strip(), parameters, "vec.h", shares=shares)
 
 
 def emit_attention(plan: Planner, node: fx.Node) -> Value:
@@ -225,7 +228,7 @@ class AttentionPhases:
 
     def emit(self, spans: str, softmax_scale: float) -> Value:
         """Append the phases; the result lies like that of `rewriter::attention`."""
-        threads = torch.get_num_threads()
+        threads = self.plan.threads
         part = -(-self.group * (self.value_width + 2) // 16) * 16
         each = 2 * part + self.group * _BLOCK + -(-self.group // 16) * 16
         memory = self.scratch(threads * each)
@@ -254,7 +257,7 @@ class AttentionPhases:
             del calls["attention_merge"]
         for name, call in calls.items():
             body = f"{common}\n{call}"
-            self.plan.phase(self.node, name, body, self.parameters, *self.headers)
+            self.plan.phase(self.node, name, body, self.parameters, *self.headers, shares=threads)
         return self.result
 
 

@@ -32,6 +32,10 @@ _HEADER = """\
 """
 
 
+_SHARES_BYTES = 128
+"""Size and alignment of `rw::Shares`."""
+
+
 class NativeStep:
     """A program's `run`: one new token per row goes through C++, anything else through `fallback`.
 
@@ -50,12 +54,14 @@ class NativeStep:
         self.module, self.growing, self.fallback = module, growing, fallback
         self.names = [node.name for node in module.graph.find_nodes(op="placeholder")]
         self._ids = self.names.index("input_ids")
+        self._states = [self.names.index(name) for name in growing if name in self.names]
         self._steps: dict[tuple[Any, ...], CompiledStep | None] = {}
 
     def __call__(self, *args: Any) -> Any:
         """As the program's graph."""
         ids = args[self._ids]
-        if ids.shape[1] != 1 or ids.shape[0] > MAX_ROWS:
+        fits = ids.shape[1] == 1 and ids.shape[0] <= MAX_ROWS and ids.device.type == "cpu"
+        if not (fits and all(args[i].is_contiguous() for i in self._states)):
             return self.fallback(*args)
         step = self.step(args)
         return self.fallback(*args) if step is None else step(args)
@@ -145,6 +151,10 @@ class CompiledStep:
         self.arena = torch.zeros(plan.arena_floats + 16)
         self._arena_at = -(-self.arena.data_ptr() // 64) * 64
         self._arena = self.arena[(self._arena_at - self.arena.data_ptr()) // 4 :]
+        most = max(stage.segment.phases for stage in plan.stages)
+        self._shares_memory = torch.zeros(_SHARES_BYTES * (most + 1), dtype=torch.uint8)
+        self._shares = -(-self._shares_memory.data_ptr() // _SHARES_BYTES) * _SHARES_BYTES
+        self._threads = torch.get_num_threads()
         self._pointers = (ctypes.c_void_p * max(len(plan.slots), 1))()
         self._weights: list[Tensor] = []
         self._inputs: list[_Pointer] = []
@@ -173,7 +183,14 @@ class CompiledStep:
                     values[call.name] = call.run(values)
                 if run is not None:
                     self._point(values, kept, is_result=True)
-                    run(self._pointers, self._arena_at, entries, capacity, torch.get_num_threads())
+                    run(
+                        self._pointers,
+                        self._arena_at,
+                        self._shares,
+                        entries,
+                        capacity,
+                        self._threads,
+                    )
             return fx.map_arg(self._output.args[0], lambda n: values[n.name])
 
     def _point(self, values: dict[str, Any], kept: list[Tensor], *, is_result: bool) -> None:
@@ -200,7 +217,7 @@ class CompiledStep:
         if not stage.segment.lines:
             return calls, None
         run = self.library[f"segment{stage.segment.index}"]
-        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_int]
+        run.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_int]
         run.restype = None
         return calls, run
 

@@ -16,6 +16,7 @@ from torch import fx
 from codegen.step.extent import Extent
 from codegen.step.pointwise import Expression, Product, emit_expression, why_not_pointwise
 from codegen.step.probe import TensorFact
+from codegen.step.share import SHARES_A_THREAD
 from codegen.step.text import Arena, Parameters, Segment
 from codegen.step.value import CPP_TYPES, Place, Refusal, Value, contiguous_strides
 from codegen.step.views import VIEWS
@@ -74,8 +75,7 @@ class Plan:
     @property
     def phases(self) -> int:
         """C++ calls of one step."""
-        lines = (line for stage in self.stages for line in stage.segment.lines)
-        return sum(not line.startswith("rw::barrier") for line in lines)
+        return sum(stage.segment.phases for stage in self.stages)
 
     @property
     def segments(self) -> int:
@@ -94,7 +94,7 @@ class Planner:
         emitters: dict[Any, Callable[[Planner, fx.Node], Value | Product | Expression | None]],
     ) -> None:
         self.module, self.facts, self.mutable, self.emitters = module, facts, mutable, emitters
-        self.arena = Arena()
+        self.arena, self.threads = Arena(), torch.get_num_threads()
         self.stages: list[Stage] = []
         self.slots: list[Slot] = []
         self.values: dict[fx.Node, Any] = {}
@@ -143,6 +143,10 @@ class Planner:
             raise Refusal(f"{node.name} is not one tensor")
         return value
 
+    def shares_of(self, work: int, least: int) -> int:
+        """Into how many shares to cut work, none of them less than `least`."""
+        return max(1, min(work // least, SHARES_A_THREAD * self.threads))
+
     def is_mutable(self, node: fx.Node) -> bool:
         """Whether a node is state, or a view of it."""
         value = self.values.get(node)
@@ -180,12 +184,18 @@ class Planner:
         return Value(self.arena.take(count), shape, value.strides, dtype)
 
     def phase(
-        self, node: fx.Node, name: str, body: str, parameters: Parameters, *headers: str
+        self,
+        node: fx.Node,
+        name: str,
+        body: str,
+        parameters: Parameters,
+        *headers: str,
+        shares: int = 1,
     ) -> None:
-        """Append C++ statements that all threads run; see `Segment.phase`."""
+        """Append C++ statements in so many shares; see `Segment.phase`."""
         places = [*parameters.reads, *parameters.writes]
         index = max((self._ready.get(place, (0, 0))[0] for place in places), default=0)
-        self._stage(index).segment.phase(name, body, parameters, headers, node.name)
+        self._stage(index).segment.phase(name, body, parameters, headers, node.name, shares)
         for place in parameters.writes:
             self._ready[place] = (index, index + 1)
         for place in parameters.reads:

@@ -16,6 +16,7 @@ from torch import fx
 from codegen.epilogue import cpp_constant
 from codegen.pointwise import FUNCTIONS, Call, translate
 from codegen.step.probe import TensorFact
+from codegen.step.share import SHARE_FLOATS
 from codegen.step.text import Parameters
 from codegen.step.value import Refusal, Value, contiguous_strides
 
@@ -233,7 +234,8 @@ def emit_copy(plan: Planner, value: Value, node: fx.Node) -> Value:
     out, pointer = parameters.write(result), parameters.read(value)
     dims = _collapsed(value.fixed_shape, [result, value])
     body = [_load("x", pointer, value, _index(dims, 1)), f"{out}[{_index(dims, 0)}] = x;"]
-    plan.phase(node, "copy", _loops(dims, body), parameters, "vec.h")
+    shares = plan.shares_of(_count(value.fixed_shape), SHARE_FLOATS)
+    plan.phase(node, "copy", _loops(dims, body), parameters, "vec.h", shares=shares)
     return result
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from codegen.step.pointwise import Product, stored
+from codegen.step.share import SHARE_BYTES
 from codegen.step.text import Parameters
 from codegen.step.value import Refusal, Value
 
@@ -52,6 +53,11 @@ class _Matrix:
         if self.bias is not None:
             value += f" + rw::to_float({parameters.read(self.bias)}[row])"
         return pointer, value
+
+    def shares(self, plan: Planner) -> int:
+        """Of its rows."""
+        element = {"float": 4, "rw::bf16": 2}.get(self.weight.place.element, 1)
+        return plan.shares_of(self.rows * self.columns * element, SHARE_BYTES)
 
     def call(self, x: str, m: int, pointer: str, out: str) -> str:
         """C++ of the product with x [m, columns]; `out` has statements of row, m and value."""
@@ -98,7 +104,8 @@ def _product(plan: Planner, node: fx.Node, x: Value, matrix: _Matrix) -> Product
         pointer, value = matrix.operands(parameters)
         given = parameters.read(x)
         body = matrix.call(given, m, pointer, _finished(value, torch.float32) + out)
-        plan.phase(node, "linear", body, parameters, "gemv.h", "functions.h")
+        shares = matrix.shares(plan)
+        plan.phase(node, "linear", body, parameters, "gemv.h", "functions.h", shares=shares)
 
     return Product(node, emit)
 
@@ -121,7 +128,8 @@ def emit_gated_mlp(plan: Planner, node: fx.Node) -> Product:
     keep = _finished(gate_value, dtype) + f"{a}{at} = {active};"
     join = _finished(up_value, dtype) + f"{h}{at} = {stored(dtype, f'{a}{at} * value')};"
     body = first.call(source, m, gate_at, keep) + "\n" + second.call(source, m, up_at, join)
-    plan.phase(node, "gate_up", body, parameters, "gemv.h", "functions.h")
+    shares = first.shares(plan)
+    plan.phase(node, "gate_up", body, parameters, "gemv.h", "functions.h", shares=shares)
     return _product(plan, node, hidden, _Matrix(plan, down, down_bias))
 
 
@@ -138,7 +146,8 @@ def emit_mlp(plan: Planner, node: fx.Node) -> Product:
     active = stored(dtype, activation.format("value"))
     out = _finished(value, dtype) + f"{h}[m * {matrix.rows} + row] = {active};"
     body = matrix.call(source, _rows(given), pointer, out)
-    plan.phase(node, "up", body, parameters, "gemv.h", "functions.h")
+    shares = matrix.shares(plan)
+    plan.phase(node, "up", body, parameters, "gemv.h", "functions.h", shares=shares)
     return _product(plan, node, hidden, _Matrix(plan, down, down_bias))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import fx
 
 from codegen.step.attention import AttentionPhases, append, bound, is_given, turned
@@ -60,7 +59,7 @@ def _rotate_entries(code: AttentionPhases, tables: list[Value], interleaved: boo
     if cos.strides != sin.strides:
         raise Refusal("tables of two layouts")
     pointers = [code.parameters.read(t) for t in (cos, sin)]
-    scratch = code.scratch(torch.get_num_threads() * 64 * code.width)
+    scratch = code.scratch(code.plan.threads * 64 * code.width)
     strides = ", ".join(map(str, cos.strides[:3]))
     code.headers.append("rotated_entries.h")
     code.setup.append(

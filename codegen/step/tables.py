@@ -8,6 +8,7 @@ from torch import fx
 
 from codegen.epilogue import cpp_constant
 from codegen.step.pointwise import stored
+from codegen.step.share import SHARE_FLOATS
 from codegen.step.text import Parameters
 from codegen.step.value import Refusal, Value
 
@@ -40,7 +41,8 @@ for (int64_t r = mine.begin; r < mine.end; ++r) {{
     const float scale = 1.0f / std::sqrt(rw::sum_of_squares(x, 0, {width}) / {width} + {eps});
     for (int64_t i = 0; i < {width}; ++i) y[i] = {stored(result.dtype, normed)};
 }}"""
-    plan.phase(node, "rms_norm", body.strip(), parameters, "rms_norm.h")
+    shares = plan.shares_of(width * count, SHARE_FLOATS)
+    plan.phase(node, "rms_norm", body.strip(), parameters, "rms_norm.h", shares=min(shares, count))
     return result
 
 
@@ -68,7 +70,10 @@ for (int64_t r = mine.begin; r < mine.end; ++r) {{
     const float scale = 1.0f / std::sqrt(rw::sum_of_squares((const float*)y, 0, {width}) / {width} + {eps});
     for (int64_t i = 0; i < {width}; ++i) y[i] = {stored(result.dtype, normed)};
 }}"""
-    plan.phase(node, "layer_norm", body.strip(), parameters, "rms_norm.h")
+    shares = plan.shares_of(width * count, SHARE_FLOATS)
+    plan.phase(
+        node, "layer_norm", body.strip(), parameters, "rms_norm.h", shares=min(shares, count)
+    )
     return result
 
 
@@ -115,8 +120,7 @@ def emit_cat(plan: Planner, node: fx.Node) -> Value:
             f"        {out}[r * {row} + {first} + i] = rw::to_float({given}[r * {width} + i]);"
         )
         first += width
-    body = "if (thread != 0) return;\n" + "\n".join(lines)
-    plan.phase(node, "cat", body, parameters, "vec.h")
+    plan.phase(node, "cat", "\n".join(lines), parameters, "vec.h")
     return result
 
 

@@ -1,4 +1,4 @@
-"""The text of a step: phases that all threads run, and barriers where one needs another's results."""
+"""The text of a step: phases whose shares threads claim, and waits where one needs another's results."""
 
 from __future__ import annotations
 
@@ -55,29 +55,42 @@ class Parameters:
 
 @dataclass
 class Segment:
-    """Phases that run one after another in one parallel region; `index` keeps its names apart."""
+    """Phases that run one after another in one parallel region; `index` keeps its names apart.
+
+    No thread waits for another at a phase's end, only for shares that are not done where the next
+    phase needs them.
+    """
 
     index: int = 0
     functions: dict[str, str] = field(default_factory=dict)
     """Text of parameters and body to the function's name; equal layers share their functions."""
     lines: list[str] = field(default_factory=list)
     headers: dict[str, None] = field(default_factory=dict)
+    phases: int = 0
+    _unfinished: list[tuple[int, int]] = field(default_factory=list)
     _pending_reads: set[Place] = field(default_factory=set)
     _pending_writes: set[Place] = field(default_factory=set)
 
     def phase(
-        self, name: str, body: str, parameters: Parameters, headers: Iterable[str], source: str
+        self,
+        name: str,
+        body: str,
+        parameters: Parameters,
+        headers: Iterable[str],
+        source: str,
+        shares: int,
     ) -> None:
         """Append a call.
 
         Args:
             name: of the function, if it is new.
+            shares: into how many the work is cut; the body does the one called `thread`.
             body: C++ statements over the parameters, `entries`, `capacity`, `thread`, `num_threads`.
             source: the node it comes from, for readers.
         """
         reads, writes = set(parameters.reads), set(parameters.writes)
         if (reads | writes) & self._pending_writes or writes & self._pending_reads:
-            self.barrier()
+            self.wait()
         self._pending_reads |= reads
         self._pending_writes |= writes
         self.headers |= dict.fromkeys(headers)
@@ -87,11 +100,18 @@ class Segment:
             text, f"{safe_name(name)}_{self.index}_{len(self.functions)}"
         )
         given = ", ".join(parameters.arguments)
-        self.lines.append(f"{function}({given}, STEP_ARGUMENTS);  // {safe_name(source)}")
+        self.lines.append(
+            f"PHASE({self.phases}, {shares}, {function}({given}, STEP_ARGUMENTS));"
+            f"  // {safe_name(source)}"
+        )
+        self._unfinished.append((self.phases, shares))
+        self.phases += 1
 
-    def barrier(self) -> None:
+    def wait(self) -> None:
         """All results so far are visible to all threads from here on."""
-        self.lines.append("rw::barrier();")
+        for phase, shares in self._unfinished:
+            self.lines.append(f"rw::await(shares[{phase}], {shares});")
+        self._unfinished.clear()
         self._pending_reads.clear()
         self._pending_writes.clear()
 
@@ -102,7 +122,9 @@ def step_text(segments: list[Segment]) -> str:
     parts = [f'#include "{name}"' for name in ("parallel.h", *headers)]
     parts += [
         "\n#define STEP int64_t entries, int64_t capacity, int thread, int num_threads",
-        "#define STEP_ARGUMENTS entries, capacity, thread, num_threads\n",
+        "#define STEP_ARGUMENTS entries, capacity, thread, num_threads",
+        "#define PHASE(i, count, call) \\",
+        "    rw::claim(shares[i], count, [&](int thread, int num_threads) { call; })\n",
     ]
     for segment in segments:
         parts += [
@@ -112,8 +134,9 @@ def step_text(segments: list[Segment]) -> str:
         calls = "\n".join(f"        {line}" for line in segment.lines)
         parts.append(
             f'extern "C" void segment{segment.index}(\n    void* const* pointers, float* arena,'
-            f" int64_t entries, int64_t capacity, int threads) {{\n"
-            f"    rw::parallel(threads, [&](int thread, int num_threads) {{\n{calls}\n    }});\n}}\n"
+            f" rw::Shares* shares, int64_t entries,\n    int64_t capacity, int threads) {{\n"
+            f"    for (int i = 0; i < {segment.phases}; ++i) shares[i].next = shares[i].done = 0;\n"
+            f"    rw::parallel(threads, [&](int, int) {{\n{calls}\n    }});\n}}\n"
         )
     return "\n".join(parts)
 

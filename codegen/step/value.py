@@ -134,7 +134,7 @@ class Value:
             if extent == 1:
                 strides.append(0)
                 continue
-            while left < extent:
+            while left % extent:
                 if not own:
                     return None
                 more, step = own.pop()
@@ -143,8 +143,6 @@ class Value:
                 if left == 1:
                     stride = step
                 left *= more
-            if left % extent:
-                return None
             strides.append(stride)
             left //= extent
             stride = times(stride, extent)
