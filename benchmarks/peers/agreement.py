@@ -8,11 +8,11 @@ import numpy as np
 
 __all__ = ["Agreement", "agreement"]
 
-MAX_ERROR = {"float32": 1e-3, "bfloat16": 3e-1, "int8": 5e-1}
+MAX_ERROR = {"float32": 1e-3, "bfloat16": 3e-1, "int8": 6e-1}
 """Largest |logits - reference| over the largest |reference|. Wrong rotations make it 1.2."""
-MAX_DIVERGENCE = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 3e-2}
+MAX_DIVERGENCE = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 7e-2}
 """Mean Kullback-Leibler divergence in nats. Wrong rotations make it 0.14. Rounding to bfloat16, as Hugging
-Face does it, costs 2e-4 (110m) and 2e-3 (1b), int8 weights up to 2e-3 (110m)."""
+Face does it, costs 2e-4 (110m) and 2e-3 (1b), int8 weights up to 2e-3 and 2e-2."""
 
 
 @dataclass(frozen=True)
