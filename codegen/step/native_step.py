@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -201,9 +202,7 @@ class CompiledStep:
                 self._pointers[pointer.index] = tensor.data_ptr()
 
     def _bind(self, index: int, path: str) -> None:
-        value: Any = self.module
-        for part in path.split("."):
-            value = getattr(value, part)
+        value = attrgetter(path)(self.module)
         self._weights.append(value.detach())
         self._pointers[index] = value.data_ptr()
 
@@ -253,9 +252,8 @@ class _NodeCall:
         return node.target(*args, **kwargs)
 
     def _value(self, node: fx.Node, values: dict[str, Any]) -> Any:
-        if node.op != "get_attr":
-            return values[node.name]
-        value: Any = self._module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
+        return (
+            values[node.name]
+            if node.op != "get_attr"
+            else attrgetter(str(node.target))(self._module)
+        )

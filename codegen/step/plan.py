@@ -6,8 +6,10 @@ which all it reads is there, so that work for PyTorch gathers in front and segme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -162,6 +164,11 @@ class Planner:
             return value
         return self.copy(value, node)
 
+    def in_arena(self, node: Any) -> Value:
+        """Like `contiguous`, as fp32 in the arena."""
+        value = self.contiguous(node)
+        return value if value.place.slot is None else self.copy(value, node)
+
     def copy(self, value: Value, node: fx.Node) -> Value:
         """A row-major copy in the arena."""
         from codegen.step.pointwise import emit_copy
@@ -178,10 +185,7 @@ class Planner:
         if dtype not in (torch.float32, torch.bfloat16):
             raise Refusal(f"{dtype} has no room among floats: float32 and bfloat16 do")
         value = Value(Place(None), shape, contiguous_strides(shape), dtype)
-        count = 1
-        for extent in value.fixed_shape:
-            count *= extent
-        return Value(self.arena.take(count), shape, value.strides, dtype)
+        return Value(self.arena.take(math.prod(value.fixed_shape)), shape, value.strides, dtype)
 
     def phase(
         self,
@@ -270,7 +274,7 @@ class Planner:
             self._ready[place] = (ready, ready)
         strides = contiguous_strides(fact.shape)
         if node.op == "get_attr":
-            strides = _attribute(self.module, str(node.target)).stride()
+            strides = attrgetter(str(node.target))(self.module).stride()
         return Value(place, fact.shape, strides, fact.dtype)
 
     def _slot(self, node: fx.Node) -> Place:
@@ -291,10 +295,3 @@ def _slot_key(node: fx.Node) -> tuple[str, str]:
     if node.op == "get_attr":
         return "weight", str(node.target)
     return ("input" if node.op == "placeholder" else "result"), node.name
-
-
-def _attribute(module: fx.GraphModule, path: str) -> torch.Tensor:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

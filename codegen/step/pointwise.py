@@ -6,6 +6,7 @@ the product, applied to each row as it is finished.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -183,24 +184,14 @@ def emit_expression(plan: Planner, node: fx.Node) -> Value:
 
 def _product_index(value: Value, width: int) -> str:
     """Where a leaf broadcast over [..., width] lies for input row m and output row `row`."""
-    lead = value.shape[:-1]
-    rows = value.expanded(value.shape).reshaped((_count(lead), _last(value.shape)))
+    shape = value.fixed_shape
+    lead, last = shape[:-1], shape[-1] if shape else 1
+    rows = value.expanded(value.shape).reshaped((math.prod(lead), last))
     if rows is None:
         raise Refusal("an operand that one stride a row cannot describe")
     m = "" if rows.shape[0] == 1 else f"m * {rows.strides[0]}"
     row = "" if rows.shape[1] == 1 else f"row * {rows.strides[1]}"
     return " + ".join(part for part in (m, row) if part) or "0"
-
-
-def _count(shape: tuple[Any, ...]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
-
-
-def _last(shape: tuple[Any, ...]) -> int:
-    return shape[-1] if shape else 1
 
 
 def _load(name: str, pointer: str, value: Value, index: str) -> str:
@@ -234,7 +225,7 @@ def emit_copy(plan: Planner, value: Value, node: fx.Node) -> Value:
     out, pointer = parameters.write(result), parameters.read(value)
     dims = _collapsed(value.fixed_shape, [result, value])
     body = [_load("x", pointer, value, _index(dims, 1)), f"{out}[{_index(dims, 0)}] = x;"]
-    shares = plan.shares_of(_count(value.fixed_shape), SHARE_FLOATS)
+    shares = plan.shares_of(math.prod(value.fixed_shape), SHARE_FLOATS)
     plan.phase(node, "copy", _loops(dims, body), parameters, "vec.h", shares=shares)
     return result
 

@@ -28,16 +28,6 @@ class TensorFact:
     shape: tuple[Extent, ...]
     dtype: torch.dtype
 
-    @property
-    def numel(self) -> int:
-        """Elements. Raises ValueError where the shape grows."""
-        total = 1
-        for extent in self.shape:
-            if not isinstance(extent, int):
-                raise ValueError(f"{self.shape} grows")
-            total *= extent
-        return total
-
 
 Fact = TensorFact | Extent | tuple[Any, ...] | float | None
 """A tensor, an integer, several results, another constant, or nothing that can be said."""

@@ -15,7 +15,7 @@ from codegen.step.value import Refusal, Value
 if TYPE_CHECKING:
     from codegen.step.plan import Planner
 
-__all__ = ["MAX_ROWS", "emit_gated_mlp", "emit_int8_linear", "emit_linear", "emit_mlp"]
+__all__ = ["MAX_ROWS", "emit_gated_mlp", "emit_linear", "emit_mlp"]
 
 MAX_ROWS = 8
 """Most input rows of a product; for more of them a step is not the place."""
@@ -36,20 +36,17 @@ _ACTIVATIONS = {
 class _Matrix:
     """A weight [rows, columns] with what each of its products is multiplied by and added to."""
 
-    def __init__(self, plan: Planner, weight: Any, bias: Any = None, scale: Any = None) -> None:
+    def __init__(self, plan: Planner, weight: Any, bias: Any = None) -> None:
         self.weight = plan.tensor(weight)
         if len(self.weight.shape) != 2 or self.weight.strides[1] != 1:
             raise Refusal("a weight whose rows are not contiguous")
         self.rows, self.columns = self.weight.fixed_shape
         self.stride = self.weight.strides[0]
         self.bias = None if bias is None else plan.contiguous(bias)
-        self.scale = None if scale is None else plan.contiguous(scale)
 
     def operands(self, parameters: Parameters) -> tuple[str, str]:
         """Its pointer, and C++ of the finished product from `{0}`, at output `row`."""
         pointer, value = parameters.read(self.weight), "{0}"
-        if self.scale is not None:
-            value += f" * {parameters.read(self.scale)}[row]"
         if self.bias is not None:
             value += f" + rw::to_float({parameters.read(self.bias)}[row])"
         return pointer, value
@@ -79,22 +76,10 @@ def _rows(x: Value) -> int:
     return count
 
 
-def _input(plan: Planner, node: Any) -> Value:
-    """An input in the arena: fp32, row-major."""
-    value = plan.contiguous(node)
-    return value if value.place.slot is None else plan.copy(value, node)
-
-
 def emit_linear(plan: Planner, node: fx.Node) -> Product:
     """x weightᵀ + bias, put off so that pointwise work can join."""
     x, weight, bias = (*node.args, None)[:3]
-    return _product(plan, node, _input(plan, x), _Matrix(plan, weight, bias))
-
-
-def emit_int8_linear(plan: Planner, node: fx.Node) -> Product:
-    """The same with an int8 weight and a scale for each of its rows."""
-    x, weight, scale, bias = (*node.args, None)[:4]
-    return _product(plan, node, _input(plan, x), _Matrix(plan, weight, bias, scale))
+    return _product(plan, node, plan.in_arena(x), _Matrix(plan, weight, bias))
 
 
 def _product(plan: Planner, node: fx.Node, x: Value, matrix: _Matrix) -> Product:
@@ -114,7 +99,7 @@ def emit_gated_mlp(plan: Planner, node: fx.Node) -> Product:
     """down(activation(gate(x)) · up(x)): one phase for gate and up, then a product like any other."""
     x, gate, up, down, gate_bias, up_bias, down_bias = (*node.args, None, None, None)[:7]
     activation = _activation(node)
-    given, dtype = _input(plan, x), plan.fact(node).dtype
+    given, dtype = plan.in_arena(x), plan.fact(node).dtype
     m = _rows(given)
     first, second = _Matrix(plan, gate, gate_bias), _Matrix(plan, up, up_bias)
     lead = given.fixed_shape[:-1]
@@ -137,7 +122,7 @@ def emit_mlp(plan: Planner, node: fx.Node) -> Product:
     """down(activation(up(x)))."""
     x, up, down, up_bias, down_bias = (*node.args, None, None)[:5]
     activation = _activation(node)
-    given, dtype = _input(plan, x), plan.fact(node).dtype
+    given, dtype = plan.in_arena(x), plan.fact(node).dtype
     matrix = _Matrix(plan, up, up_bias)
     hidden = plan.room((*given.fixed_shape[:-1], matrix.rows), dtype)
     parameters = Parameters()

@@ -23,7 +23,7 @@ def emit_rms_norm(plan: Planner, node: fx.Node) -> Value:
     x, weight = (*node.args, None)[:2]
     offset = float(node.kwargs.get("weight_offset", 0.0) or 0.0)  # pyright: ignore
     wide = bool(node.kwargs.get("wide_weight")) or offset != 0.0
-    given = _rows_in_arena(plan, x)
+    given = plan.in_arena(x)
     result, parameters = plan.new(node), Parameters()
     out, source = parameters.write(result), parameters.read(given)
     width, count = _width(given)
@@ -49,7 +49,7 @@ for (int64_t r = mine.begin; r < mine.end; ++r) {{
 def emit_layer_norm(plan: Planner, node: fx.Node) -> Value:
     """(x - mean) / sqrt(var + eps) · weight + bias."""
     x, weight, bias = (*node.args, None, None)[:3]
-    given = _rows_in_arena(plan, x)
+    given = plan.in_arena(x)
     result, parameters = plan.new(node), Parameters()
     out, source = parameters.write(result), parameters.read(given)
     width, count = _width(given)
@@ -122,11 +122,6 @@ def emit_cat(plan: Planner, node: fx.Node) -> Value:
         first += width
     plan.phase(node, "cat", "\n".join(lines), parameters, "vec.h")
     return result
-
-
-def _rows_in_arena(plan: Planner, node: Any) -> Value:
-    value = plan.contiguous(node)
-    return value if value.place.slot is None else plan.copy(value, node)
 
 
 def _width(value: Value) -> tuple[int, int]:

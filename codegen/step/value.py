@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -157,8 +156,3 @@ def contiguous_strides(shape: Sequence[Extent]) -> tuple[Extent, ...]:
         strides.append(step)
         step = times(step, extent)
     return tuple(reversed(strides))
-
-
-def numel(shape: Sequence[int]) -> int:
-    """Elements of a shape."""
-    return math.prod(shape)
