@@ -36,7 +36,7 @@ MUTATIONS = [
     ("partial += w", "partial = w"),
     ("m * x_row", "0 * x_row"),
     ("acc *= tl.load(scale + n", "acc *= tl.load(scale + m"),
-    ("m * element_0_row_stride", "n * element_0_row_stride"),
+    ("m * element_0_row_stride", "0 * element_0_row_stride"),
     ("acc = t2 + element_0", "acc = t2"),
 ]
 
