@@ -1,10 +1,9 @@
-"""Pointwise work on a kernel's result before it is stored, read off the graph and told in two languages.
+"""Pointwise work on a kernel's result before it is stored, told in two languages.
 
-An epilogue is a straight line of steps on one fp32 value, its operands and constants. It is translated
-from FX nodes, node by node, so every mixture of the functions below fuses and nothing is listed by hand.
-Rounding happens where the graph has a cast and at the end, not after every step. What the text of an
-epilogue says depends on the functions and shapes alone: operands are numbered, so names in a model
-never get into code, and equal work in two layers gives equal text.
+An epilogue is a straight line of steps on one fp32 value, its operands and constants; `followers`
+reads it off a graph. Rounding happens where the graph has a cast and at the end, not after every step.
+What the text of an epilogue says depends on the functions and shapes alone: operands are numbered, so
+names in a model never get into code, and equal work in two layers gives equal text.
 
 The C++ text calls `rw::exp_ tanh_ erf_ sigmoid silu gelu gelu_tanh relu` (float to float),
 `rw::to_float(T)`, `rw::round_bf16(float)`, `rw::round_f16(float)` and `std::log sqrt sin cos fabs`.
@@ -21,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from codegen.pointwise import FUNCTIONS, Call, translate
+from codegen.pointwise import FUNCTIONS
 from rewriter.errors import InputError
 
-__all__ = ["Epilogue", "Operand", "Step", "Untranslatable", "cpp_constant"]
+__all__ = ["OPERAND_DTYPES", "VALUE", "Epilogue", "Operand", "Step", "cpp_constant"]
 
 VALUE = "value"
 """The site's own result in a step's arguments."""
@@ -43,14 +42,8 @@ _TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bool: "i1",
 }
-
-
-@dataclass(frozen=True)
-class Untranslatable:
-    """Why a node cannot become part of an epilogue."""
-
-    reason: str
-    node: fx.Node
+OPERAND_DTYPES = tuple(_TRITON_TYPES)
+"""What operands and the values between steps may be."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,10 @@ class Epilogue:
     operands: tuple[Operand, ...] = ()
     dtype: torch.dtype | None = None
 
+    def __bool__(self) -> bool:
+        """Whether it does anything."""
+        return bool(self.steps) or self.dtype is not None
+
     def __str__(self) -> str:
         """The steps as text, e.g. `t0=silu(value);t1=mul(t0,element_0)`."""
         shown = (
@@ -98,24 +95,20 @@ class Epilogue:
         )
         return ";".join(shown) or VALUE
 
-    @staticmethod
-    def from_nodes(nodes: Sequence[fx.Node], value: fx.Node) -> Epilogue | Untranslatable:
-        """The work of `nodes`, in graph order, the last of which is the result, on the site `value`.
-
-        Nodes that do not lead to the last, such as assertions, are left out. Every other node they
-        read becomes an operand, in the order of first use (`operand_nodes`). Shapes come from
-        `meta["val"]`; rows are all leading dimensions of the value, flattened.
-        """
-        return _Translation(value).run(nodes)
-
-    @staticmethod
-    def operand_nodes(nodes: Sequence[fx.Node], value: fx.Node) -> tuple[fx.Node, ...]:
-        """The nodes whose tensors are the operands of `from_nodes`, in the same order."""
-        inside = {*nodes, value}
-        outside = (
-            arg for node in _leading(nodes) for arg in node.all_input_nodes if arg not in inside
+    def after_bias(self, dtype: torch.dtype) -> Epilogue:
+        """The same on the value plus one number for each column, which becomes the first operand."""
+        columns = [o for o in self.operands if o.kind == "column"]
+        names = {VALUE: "t0"} | {f"t{i}": f"t{i + 1}" for i in range(len(self.steps))}
+        names |= {o.name: f"column_{i}" for i, o in enumerate(columns, start=1)}
+        moved = tuple(
+            Step(
+                s.function, tuple(names.get(a, a) if isinstance(a, str) else a for a in s.arguments)
+            )
+            for s in self.steps
         )
-        return tuple(dict.fromkeys(outside))
+        others = (Operand(names.get(o.name, o.name), o.kind, o.dtype) for o in self.operands)
+        bias = Operand("column_0", "column", dtype)
+        return Epilogue((Step("add", (VALUE, bias.name)), *moved), (bias, *others), self.dtype)
 
     @property
     def functions(self) -> frozenset[str]:
@@ -234,131 +227,6 @@ class Epilogue:
             target = value if last else declared if language == "cpp" else f"t{i}"
             lines.append(f"{target} = {text}")
         return lines
-
-
-class _Translation:
-    """One run of `Epilogue.from_nodes`."""
-
-    def __init__(self, value: fx.Node) -> None:
-        self.value = value
-        self.shape = _shape(value)
-        self.names: dict[fx.Node, str | float] = {value: VALUE}
-        self.steps: list[Step] = []
-        self.operands: list[Operand] = []
-
-    def run(self, nodes: Sequence[fx.Node]) -> Epilogue | Untranslatable:
-        if self.shape is None:
-            return Untranslatable("its shape is not known", self.value)
-        if not nodes:
-            return Epilogue()
-        for outside in Epilogue.operand_nodes(nodes, self.value):
-            refusal = self._add_operand(outside)
-            if refusal is not None:
-                return Untranslatable(refusal, outside)
-        for node in _leading(nodes):
-            refusal = self._add_step(node)
-            if refusal is not None:
-                return Untranslatable(refusal, node)
-        return self._finish(nodes[-1])
-
-    def _finish(self, last: fx.Node) -> Epilogue | Untranslatable:
-        if not _same(_shape(last), self.shape):
-            return Untranslatable("its shape is not that of the site's result", last)
-        dtype = last.meta["val"].dtype
-        if dtype == torch.bool:
-            return Untranslatable("its result is bool, not a float", last)
-        if not isinstance(self.names[last], str):
-            return Untranslatable("its result is a constant", last)
-        if self.names[last] != f"t{len(self.steps) - 1}":  # an alias of something earlier
-            self._emit(Call("copy", (self.names[last],)))
-        return Epilogue(tuple(self.steps), tuple(self.operands), dtype)
-
-    def _add_operand(self, node: fx.Node) -> str | None:
-        example = node.meta.get("val")
-        if not isinstance(example, Tensor):
-            return "it is an operand that is no tensor"
-        if example.dtype not in _CPP_TYPES:
-            return f"it is an operand of {example.dtype}, not float32, bfloat16, float16 or bool"
-        kind = _kind(tuple(example.shape), self.shape or ())
-        if kind is None:
-            return f"it broadcasts over {self.shape} by neither rows nor columns: {tuple(example.shape)}"
-        name = f"{kind}_{sum(o.kind == kind for o in self.operands)}"
-        self.operands.append(Operand(name, kind, example.dtype))
-        self.names[node] = name
-        return None
-
-    def _add_step(self, node: fx.Node) -> str | None:
-        example = node.meta.get("val")
-        if not isinstance(example, Tensor):
-            return "its dtype is not known"
-        if example.dtype not in _CPP_TYPES:
-            return f"it gives {example.dtype}, not float32, bfloat16, float16 or bool"
-        calls = translate(node)
-        if isinstance(calls, str):
-            return calls
-        result: str | float = ""
-        for call in calls:
-            wrong = next((a for a in call.arguments if not self._is_known(a)), None)
-            if wrong is not None:
-                return f"an argument is a {type(wrong).__name__}, not a tensor or a constant"
-            arguments = tuple(self._argument(a, result) for a in call.arguments)
-            same = call.function == "copy"
-            result = arguments[0] if same else self._emit(Call(call.function, arguments))
-        self.names[node] = result
-        return None
-
-    def _emit(self, call: Call) -> str:
-        self.steps.append(Step(call.function, call.arguments))
-        return f"t{len(self.steps) - 1}"
-
-    def _is_known(self, argument: Any) -> bool:
-        """Whether it is a node that has a name, a number, or the result before; texts are not."""
-        if isinstance(argument, fx.Node):
-            return argument in self.names
-        return argument is Call.PREVIOUS or isinstance(argument, bool | int | float)
-
-    def _argument(self, argument: Any, previous: str | float) -> str | float:
-        if argument is Call.PREVIOUS:
-            return previous
-        return self.names[argument] if isinstance(argument, fx.Node) else float(argument)
-
-
-def _leading(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Those that the last one depends on, in the same order."""
-    wanted = set(nodes[-1:])
-    for node in reversed(nodes):
-        if node in wanted:
-            wanted.update(node.all_input_nodes)
-    return [node for node in nodes if node in wanted]
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...] | None:
-    example = node.meta.get("val")
-    return tuple(example.shape) if isinstance(example, Tensor) else None
-
-
-def _same(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if a is None or b is None or len(a) != len(b):
-        return False
-    return all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
-
-
-def _kind(shape: tuple[Any, ...], whole: tuple[Any, ...]) -> str | None:
-    """How an operand of `shape` broadcasts over `whole`; None where one stride a row cannot say it."""
-    if len(shape) > len(whole):
-        return None
-    shape = (1,) * (len(whole) - len(shape)) + shape
-    if _same(shape, whole):
-        return "element"
-    if _same(shape, (1,) * len(whole)):
-        return "scalar"
-    if _same(shape[:-1], (1,) * (len(whole) - 1)) and _same(shape[-1:], whole[-1:]):
-        return "column"
-    if _same(shape, (*whole[:-1], 1)):
-        return "row"
-    return None
 
 
 def _flat(operand: Operand, tensor: Tensor, rows: int, columns: int) -> Tensor:

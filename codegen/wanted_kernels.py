@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from codegen.epilogue import Epilogue, Operand, Step
+from codegen.epilogue import Epilogue
+from codegen.followers import followers
 from codegen.kernel import KernelDescription
 from codegen.triton_kernels.gated_activation import ACTIVATIONS
 from rewriter.program import Program, StateSpec
 
-__all__ = ["Unmet", "Wanted", "wanted_kernels"]
-
+__all__ = ["Unmet", "Wanted", "arguments_of", "describe", "states_of", "wanted_kernels"]
 
 States = Mapping[str, StateSpec]
 Answer = tuple[KernelDescription, ...] | str
@@ -56,12 +56,9 @@ def wanted_kernels(program: Program) -> tuple[tuple[Wanted, ...], tuple[Unmet, .
     """Descriptions, each once, in the order of the graph; and what has no kernel."""
     found: dict[tuple[KernelDescription, bool], list[str]] = {}
     unmet = []
-    states = {state.name: state for state in program.decoding.states} if program.decoding else {}
+    states = states_of(program)
     for node in program.graph.nodes:
-        try:
-            answer = _describe(node, states)
-        except _UnknownShapeError as unknown:
-            answer = f"the shape of {unknown} is not known"
+        answer = describe(node, states)
         if isinstance(answer, str):
             unmet.append(Unmet(node.name, answer))
             continue
@@ -71,17 +68,32 @@ def wanted_kernels(program: Program) -> tuple[tuple[Wanted, ...], tuple[Unmet, .
     return wanted, tuple(unmet)
 
 
-def _describe(node: fx.Node, states: States) -> Answer:
+def states_of(program: Program) -> States:
+    """A program's states by name."""
+    return {state.name: state for state in program.decoding.states} if program.decoding else {}
+
+
+def describe(node: fx.Node, states: States) -> Answer:
+    """The kernels that one node wants, none where it is no operator of the dialect; or why it cannot."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return ()
-    describe = _DESCRIBERS.get(target)
-    if describe is None:
+    describer = _DESCRIBERS.get(target)
+    if describer is None:
         ours = target.namespace == "rewriter"
         return f"there is no Triton kernel of {target}" if ours else ()
-    given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False))
-    defaults = {a.name: a.default_value for a in target._schema.arguments}
-    return describe(node, {**defaults, **given, **node.kwargs}, states)
+    try:
+        return describer(node, arguments_of(node), states)
+    except _UnknownShapeError as unknown:
+        return f"the shape of {unknown} is not known"
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """What a call of an operator is given, by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False))
+    return {**{a.name: a.default_value for a in schema}, **given, **node.kwargs}
 
 
 def _example(node: Any) -> Tensor:
@@ -111,60 +123,49 @@ def _heads_and_width(node: fx.Node, states: States) -> tuple[int, int]:
 
 
 def _linear(node: fx.Node, arguments: dict[str, Any], states: States) -> Answer:
-    weight = _example(arguments["weight"])
-    bias = arguments.get("bias")
-    first = None
-    if bias is not None:
-        operand = Operand("column_0", "column", _example(bias).dtype)
-        first = Epilogue((Step("add", ("value", "column_0")),), (operand,))
-    epilogue = first or _followers(node)
-    return tuple(_products(_example(node).dtype, weight.dtype, epilogue))
+    return tuple(_last_product(node, arguments["weight"], arguments.get("bias")))
+
+
+def _last_product(
+    node: fx.Node, weight: fx.Node, bias: fx.Node | None
+) -> Iterator[KernelDescription]:
+    """A product whose result is the node's, with its bias and the pointwise work behind it."""
+    epilogue = _biased(followers(node)[0], bias)
+    return _products(_example(node).dtype, _example(weight).dtype, epilogue)
+
+
+def _biased(epilogue: Epilogue, bias: fx.Node | None) -> Epilogue:
+    return epilogue if bias is None else epilogue.after_bias(_example(bias).dtype)
 
 
 def _products(
-    dtype: torch.dtype, weight_dtype: torch.dtype, epilogue: Epilogue | None
+    dtype: torch.dtype, weight_dtype: torch.dtype, epilogue: Epilogue
 ) -> Iterator[KernelDescription]:
     """One row and few rows."""
     narrow = weight_dtype if weight_dtype != dtype else None
     for form in ("row", "rows"):
         yield KernelDescription(
-            operator="gemv", dtype=dtype, weight_dtype=narrow, form=form, epilogue=epilogue
+            operator="gemv", dtype=dtype, weight_dtype=narrow, form=form, epilogue=epilogue or None
         )
-
-
-def _followers(node: fx.Node) -> Epilogue | None:
-    """The longest chain of pointwise nodes after `node`, each the only user of the one before."""
-    chain: list[fx.Node] = []
-    best, last = None, node
-    while len(last.users) == 1:
-        (last,) = last.users
-        if last.op != "call_function":
-            break
-        chain.append(last)
-        epilogue = Epilogue.from_nodes(chain, node)
-        if not isinstance(epilogue, Epilogue):
-            break
-        best = epilogue
-    return best
 
 
 def _gated_mlp(node: fx.Node, arguments: dict[str, Any], states: States) -> Answer:
     dtype, weight = _example(node).dtype, _example(arguments["gate"])
-    if any(arguments[name] is not None for name in ("gate_bias", "up_bias", "down_bias")):
-        return "its products have biases"
-    activation = ACTIVATIONS[arguments["activation"]]
+    activation = ACTIVATIONS[arguments["activation"]] or None
     middle = KernelDescription(operator="gated_activation", dtype=dtype, epilogue=activation)
-    plain = tuple(_products(dtype, weight.dtype, None))
-    return (*plain, middle, *_products(dtype, weight.dtype, _followers(node)))
+    first = [
+        each
+        for name in ("gate", "up")
+        for each in _products(dtype, weight.dtype, _biased(Epilogue(), arguments[f"{name}_bias"]))
+    ]
+    return (*first, middle, *_last_product(node, arguments["down"], arguments["down_bias"]))
 
 
 def _mlp(node: fx.Node, arguments: dict[str, Any], states: States) -> Answer:
     dtype, weight = _example(node).dtype, _example(arguments["up"])
-    if any(arguments[name] is not None for name in ("up_bias", "down_bias")):
-        return "its products have biases"
-    inner = ACTIVATIONS[arguments["activation"]]
+    inner = _biased(ACTIVATIONS[arguments["activation"]], arguments["up_bias"])
     up = _products(dtype, weight.dtype, inner)
-    return (*up, *_products(dtype, weight.dtype, _followers(node)))
+    return (*up, *_last_product(node, arguments["down"], arguments["down_bias"]))
 
 
 def _rms_norm(node: fx.Node, arguments: dict[str, Any], states: States) -> Answer:
@@ -180,6 +181,7 @@ def _rms_norm(node: fx.Node, arguments: dict[str, Any], states: States) -> Answe
             weight_dtype=weight.dtype if weight.dtype != out.dtype else None,
             head_dim=int(out.shape[-1]),
             form="wide" if wide else "",
+            epilogue=followers(node)[0] or None,
         ),
     )
 

@@ -13,7 +13,7 @@ from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.engine.spec_text import format_default, parse_spec
 from rewriter.errors import ConfigError, RewriteError, VerificationError
-from rewriter.lowering import Described, choose_backend
+from rewriter.lowering import Described, Placed, choose_backend
 from rewriter.optimized import OptimizedModel
 from rewriter.program import Program
 from rewriter.report.report import Report, Step
@@ -37,7 +37,15 @@ from rewriter.verify.lowered import check_lowered
 from rewriter.verify.rollback import Verified, verify_and_rollback
 from rewriter.verify.verification import Verification
 
-__all__ = ["PassInfo", "explain", "list_passes", "load", "optimize", "verify_against"]
+__all__ = [
+    "PassInfo",
+    "explain",
+    "list_passes",
+    "load",
+    "optimize",
+    "optimize_variants",
+    "verify_against",
+]
 
 PassSpecs = str | RewritePass | Sequence[str | RewritePass]
 
@@ -63,7 +71,8 @@ def optimize(
             causal language model.
         passes: "default" (exact and reassociated ones), or specs such as
             `"streaming-llm{num_sink_tokens=4,recent_window=252}"`, or pass objects, in order.
-        backend: "auto", "eager", "inductor" or "cpu" (decode steps as compiled C++).
+        backend: "auto", "eager", "inductor", "cpu" (decode steps as compiled C++) or "triton" (generated
+            kernels, on a GPU).
         verify: False leaves rewrites unverified; a `Verification` sets inputs and limits.
         calibration: inputs for passes that need thresholds; no pass in the table does yet.
         strict: a requested pass that matches nothing, or a rewrite that has to be undone, raises.
@@ -80,30 +89,83 @@ def optimize(
     """
     requested = resolve_passes(passes)
     choose_backend(backend)  # what cannot be is said before the work
-    report = new_report(model, requested)
+    start = _start(model, example_inputs, verify, on_stage)
+    return _rewritten(start, requested, backend, strict=strict, on_stage=on_stage)
+
+
+@undisturbed()
+def optimize_variants(
+    model: Model,
+    variants: Sequence[PassSpecs],
+    *,
+    backend: str = "auto",
+    verify: bool | Verification = True,
+    on_stage: OnStage | None = None,
+) -> list[OptimizedModel]:
+    """One model rewritten in several ways, in order; traced, derived and run for comparison once.
+
+    Arguments and errors as of `optimize`; `variants` are what it takes as `passes`. All share the
+    model's weights.
+    """
+    requested = [resolve_passes(passes) for passes in variants]
+    choose_backend(backend)
+    start = _start(model, None, verify, on_stage)
+    return [_rewritten(start, passes, backend, on_stage=on_stage) for passes in requested]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A model where passes begin: what they start from, and what they are compared with."""
+
+    prepared: Prepared
+    base: Program
+    baseline: Baseline | None
+    settings: Verification
+    report: Report
+
+
+def _start(
+    model: Model, example_inputs: Examples, verify: bool | Verification, on_stage: OnStage | None
+) -> _Start:
+    report = new_report(model)
     clock = Clock(report, on_stage)
     prepared = prepare(model, example_inputs, report, clock)
-    baseline: Baseline | None = None
-    if verify:
-        settings = verify if isinstance(verify, Verification) else Verification()
-        with clock("baseline"):
-            base, baseline = sound_base(prepared, report, settings)
-        with clock("rewrite and verify"):
-            verified = verify_and_rollback(baseline, base, requested, settings)
-    else:
-        with clock("rewrite"):
-            verified = _unverified(prepared.base, requested)
+    settings = verify if isinstance(verify, Verification) else Verification()
+    if not verify:
+        return _Start(prepared, prepared.base, None, settings, report)
+    with clock("baseline"):
+        base, baseline = sound_base(prepared, report, settings)
+    return _Start(prepared, base, baseline, settings, report)
+
+
+def _rewritten(
+    start: _Start,
+    passes: Sequence[RewritePass],
+    backend: str,
+    *,
+    strict: bool = False,
+    on_stage: OnStage | None = None,
+) -> OptimizedModel:
+    report, baseline = start.report.of_passes(map(str, passes)), start.baseline
+    clock = Clock(report, on_stage)
+    with clock("rewrite" if baseline is None else "rewrite and verify"):
+        if baseline is None:
+            verified = _unverified(start.base, passes)
+        else:
+            verified = verify_and_rollback(baseline, start.base, passes, start.settings)
     _record(report, verified)
     if strict:
-        _demand_all(report, requested)
+        _demand_all(report, passes)
     with clock("lower"):
         chosen = choose_backend(backend, verified.program)
         report.backend, report.backend_reason = chosen.name, chosen.reason
-        optimized = _optimized(prepared, verified.program, report, chosen.name)
+        optimized = _optimized(start.prepared, verified.program, report, chosen.name)
         if baseline is not None:
             check_lowered(verified, optimized.run, chosen.name, baseline)
         if isinstance(optimized.run, Described):
             report.backend_reason += f"; {optimized.run.summary()}"
+        if isinstance(optimized.run, Placed):
+            report.misses += optimized.run.misses()
     return optimized
 
 
@@ -120,11 +182,10 @@ def explain(
     Arguments and errors as of `optimize`; the certificates are "unverified".
     """
     requested = resolve_passes(passes)
-    report = new_report(model, requested)
-    clock = Clock(report, on_stage)
-    prepared = prepare(model, example_inputs, report, clock)
-    with clock("rewrite"):
-        _record(report, _unverified(prepared.base, requested))
+    start = _start(model, example_inputs, False, on_stage)
+    report = start.report.of_passes(map(str, requested))
+    with Clock(report, on_stage)("rewrite"):
+        _record(report, _unverified(start.base, requested))
     return report
 
 

@@ -31,7 +31,7 @@ class OptimizedModel(nn.Module):
         report: what was done and what was not.
         config: the model's `config.json` as a dict; None for a plain module.
         generation_config: its `generation_config.json` as a dict.
-        backend: "eager", "inductor" or "cpu".
+        backend: "eager", "inductor", "cpu" or "triton".
         source_directory: where the model was read from, for its tokenizer files.
     """
 

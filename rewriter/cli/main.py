@@ -66,7 +66,7 @@ def optimize(
         Path | None, typer.Option("-o", "--output", help="directory to save to")
     ] = None,
     passes: Passes = None,
-    backend: Annotated[str, typer.Option(help="auto, eager, inductor or cpu")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, eager, inductor, cpu or triton")] = "auto",
     verify: Annotated[bool, typer.Option(help="check every rewrite")] = True,
     strict: Annotated[bool, typer.Option(help="a pass that matches nothing is an error")] = False,
     html: Annotated[Path | None, typer.Option(help="write the report to this file")] = None,

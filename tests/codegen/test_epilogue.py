@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from codegen.cpp_kernels.compiler import compile_library, find_compiler, inline_headers
-from codegen.epilogue import Epilogue, Operand, Step, Untranslatable
+from codegen.epilogue import Epilogue, Operand, Step
+from codegen.followers import Untranslatable, epilogue_of, operand_nodes
 from codegen.pointwise import FUNCTIONS
 from rewriter.errors import InputError
 
@@ -86,8 +87,8 @@ def traced(
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     by_node = dict(zip(inputs, arguments, strict=True))
-    operands = Epilogue.operand_nodes(nodes, inputs[0])
-    return Epilogue.from_nodes(nodes, inputs[0]), tuple(by_node[node] for node in operands)
+    operands = operand_nodes(nodes, inputs[0])
+    return epilogue_of(nodes, inputs[0]), tuple(by_node[node] for node in operands)
 
 
 def translated(
@@ -265,7 +266,7 @@ def test_names_in_a_model_never_reach_the_text(name: str) -> None:
         node.meta["val"] = torch.empty(ROWS, COLUMNS)
         node.name = node._name = name
         node.meta["stack_trace"] = node.meta["nn_module_stack"] = name
-    epilogue = Epilogue.from_nodes([total], value)
+    epilogue = epilogue_of([total], value)
     assert isinstance(epilogue, Epilogue)
     lines = epilogue.triton_lines("acc", "m", "n") + epilogue.cpp_lines("acc", "i", "j")
     text = "\n".join(
@@ -282,7 +283,7 @@ def test_text_as_an_argument_is_a_reason() -> None:
     scaled = graph.call_function(torch.ops.aten.mul.Tensor, (value, "__import__('os')"))
     for node in (value, scaled):
         node.meta["val"] = torch.empty(ROWS, COLUMNS)
-    found = Epilogue.from_nodes([scaled], value)
+    found = epilogue_of([scaled], value)
     assert found == Untranslatable("an argument is a str, not a tensor or a constant", scaled)
 
 
@@ -331,13 +332,13 @@ def test_shapes_that_broadcast_otherwise_are_a_reason() -> None:
 def test_nodes_without_metadata_are_a_reason() -> None:
     graph = fx.Graph()
     value = graph.placeholder("value")
-    assert Epilogue.from_nodes([], value) == Untranslatable("its shape is not known", value)
+    assert epilogue_of([], value) == Untranslatable("its shape is not known", value)
     value.meta["val"] = torch.empty(2, 3)
-    assert Epilogue.from_nodes([], value) == Epilogue()
+    assert epilogue_of([], value) == Epilogue()
     plain = graph.call_function(operator.neg, (value,))
-    assert Epilogue.from_nodes([plain], value) == Untranslatable("its dtype is not known", plain)
+    assert epilogue_of([plain], value) == Untranslatable("its dtype is not known", plain)
     plain.meta["val"] = torch.empty(2, 3)
-    assert str(Epilogue.from_nodes([plain], value)) == "t0=neg(value)"
+    assert str(epilogue_of([plain], value)) == "t0=neg(value)"
 
 
 def test_constants_are_rounded_to_fp32() -> None:
