@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from passes.grouped_attention import GroupedAttention
+from passes.int8_weights import Int8Weights
 from passes.random_entries import RandomEntries
 from passes.streaming_llm import StreamingLLM
 from rewriter.engine.rewrite_pass import RewritePass
@@ -11,6 +12,7 @@ __all__ = ["DEFAULT", "PASSES"]
 
 PASSES: dict[str, type[RewritePass]] = {
     GroupedAttention.name: GroupedAttention,
+    Int8Weights.name: Int8Weights,
     RandomEntries.name: RandomEntries,
     StreamingLLM.name: StreamingLLM,
 }

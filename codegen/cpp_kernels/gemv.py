@@ -23,6 +23,7 @@ from codegen.cpp_kernels.provenance import provenance
 from codegen.epilogue import Epilogue
 from codegen.kernel import Kernel, KernelDescription, dtype_name
 from rewriter.cost.cost import Cost
+from rewriter.dialect.int8 import quantize_rows
 from rewriter.errors import ConfigError, InputError
 
 __all__ = ["CPP_TYPES", "MAX_VECTORS", "Gemv", "cost", "gemv", "quantize_rows", "reference"]
@@ -165,24 +166,6 @@ def reference(
     product = x.float() @ weight.float().T
     product = product if scale is None else product * scale
     return (product if bias is None else product + bias.float()).to(x.dtype)
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 weights [out_size, in_size] and the scale [out_size] of each row, fp32.
-
-    Symmetric: the largest magnitude of a row becomes 127. A row of zeros has scale 1. The error of a
-    weight is at most half of its row's scale.
-
-    Raises:
-        InputError: weights that are no matrix of finite floats.
-    """
-    if weight.dim() != 2 or not weight.is_floating_point() or not weight.isfinite().all():
-        told = f"{tuple(weight.shape)} {weight.dtype}"
-        raise InputError(f"weight={told} is not allowed: a matrix of finite floats")
-    wide = weight.float()
-    largest = wide.abs().amax(dim=1) if weight.shape[1] else wide.new_zeros(weight.shape[0])
-    scale = torch.where(largest > 0, largest / 127, 1.0)
-    return (wide / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def cost(x: Tensor, weight: Tensor) -> Cost:

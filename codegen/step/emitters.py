@@ -10,9 +10,15 @@ from torch import fx
 
 from codegen.step.attention import emit_attention, emit_kv_append, emit_rope
 from codegen.step.plan import Planner
-from codegen.step.products import emit_gated_mlp, emit_linear, emit_mlp
+from codegen.step.products import emit_dequantize_rows, emit_gated_mlp, emit_linear, emit_mlp
 from codegen.step.streaming import emit_streaming_attention
-from codegen.step.tables import emit_cat, emit_embedding, emit_layer_norm, emit_rms_norm
+from codegen.step.tables import (
+    emit_cat,
+    emit_embedding,
+    emit_int8_embedding,
+    emit_layer_norm,
+    emit_rms_norm,
+)
 from rewriter.dialect import OPS
 
 __all__ = ["emitters"]
@@ -26,8 +32,10 @@ _ATEN = {
 }
 _DIALECT = {
     "attention": emit_attention,
+    "dequantize_rows": emit_dequantize_rows,
     "gated_mlp": emit_gated_mlp,
     "grouped_attention": emit_attention,
+    "int8_embedding": emit_int8_embedding,
     "kv_append": emit_kv_append,
     "layer_norm": emit_layer_norm,
     "linear": emit_linear,

@@ -11,11 +11,12 @@ from codegen.step.pointwise import Product, stored
 from codegen.step.share import SHARE_BYTES
 from codegen.step.text import Parameters
 from codegen.step.value import Refusal, Value
+from rewriter.dialect import OPS
 
 if TYPE_CHECKING:
     from codegen.step.plan import Planner
 
-__all__ = ["MAX_ROWS", "emit_gated_mlp", "emit_linear", "emit_mlp"]
+__all__ = ["MAX_ROWS", "emit_dequantize_rows", "emit_gated_mlp", "emit_linear", "emit_mlp"]
 
 MAX_ROWS = 8
 """Most input rows of a product; for more of them a step is not the place."""
@@ -37,6 +38,10 @@ class _Matrix:
     """A weight [rows, columns] with what each of its products is multiplied by and added to."""
 
     def __init__(self, plan: Planner, weight: Any, bias: Any = None) -> None:
+        is_node = isinstance(weight, fx.Node)
+        narrow = is_node and weight.target is OPS["dequantize_rows"].overload
+        weight, scale = weight.args if narrow else (weight, None)
+        self.scale = None if scale is None else plan.contiguous(scale)
         self.weight = plan.tensor(weight)
         if len(self.weight.shape) != 2 or self.weight.strides[1] != 1:
             raise Refusal("a weight whose rows are not contiguous")
@@ -47,6 +52,8 @@ class _Matrix:
     def operands(self, parameters: Parameters) -> tuple[str, str]:
         """Its pointer, and C++ of the finished product from `{0}`, at output `row`."""
         pointer, value = parameters.read(self.weight), "{0}"
+        if self.scale is not None:
+            value += f" * rw::to_float({parameters.read(self.scale)}[row])"
         if self.bias is not None:
             value += f" + rw::to_float({parameters.read(self.bias)}[row])"
         return pointer, value
@@ -74,6 +81,10 @@ def _rows(x: Value) -> int:
     if not 1 <= count <= MAX_ROWS:
         raise Refusal(f"{count} rows, 1 to {MAX_ROWS} are allowed")
     return count
+
+
+def emit_dequantize_rows(plan: Planner, node: fx.Node) -> None:
+    """Nothing: a product reads the int8 rows themselves. PyTorch makes them wide for anything else."""
 
 
 def emit_linear(plan: Planner, node: fx.Node) -> Product:

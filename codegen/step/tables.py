@@ -15,7 +15,13 @@ from codegen.step.value import Refusal, Value
 if TYPE_CHECKING:
     from codegen.step.plan import Planner
 
-__all__ = ["emit_cat", "emit_embedding", "emit_layer_norm", "emit_rms_norm"]
+__all__ = [
+    "emit_cat",
+    "emit_embedding",
+    "emit_int8_embedding",
+    "emit_layer_norm",
+    "emit_rms_norm",
+]
 
 
 def emit_rms_norm(plan: Planner, node: fx.Node) -> Value:
@@ -79,17 +85,31 @@ for (int64_t r = mine.begin; r < mine.end; ++r) {{
 
 def emit_embedding(plan: Planner, node: fx.Node) -> Value:
     """Rows of a table, the session having checked that it has them."""
-    table, ids = plan.tensor(node.args[0]), plan.contiguous(node.args[1])
+    return _looked_up(plan, node, node.args[0], node.args[1], None)
+
+
+def emit_int8_embedding(plan: Planner, node: fx.Node) -> Value:
+    """The same from int8 rows with a scale each."""
+    table, scale, ids = node.args[:3]
+    return _looked_up(plan, node, table, ids, scale)
+
+
+def _looked_up(plan: Planner, node: fx.Node, table: Any, ids: Any, scale: Any) -> Value:
+    table, ids = plan.tensor(table), plan.contiguous(ids)
     if ids.place.element != "int64_t" or table.strides[1] != 1:
         raise Refusal("ids that are not int64, or a table whose rows are not contiguous")
     result, parameters = plan.new(node), Parameters()
     out, rows, which = parameters.write(result), parameters.read(table), parameters.read(ids)
     width, count = _width(result)
+    value = "rw::to_float(row[i])"
+    if scale is not None:
+        factor = f"rw::to_float({parameters.read(plan.contiguous(scale))}[{which}[r]])"
+        value = stored(result.dtype, f"{value} * {factor}")
     body = f"""
 const rw::Range mine = rw::share({width}, thread, num_threads, 16);
 for (int64_t r = 0; r < {count}; ++r) {{
     const auto* row = {rows} + {which}[r] * {table.strides[0]};
-    for (int64_t i = mine.begin; i < mine.end; ++i) {out}[r * {width} + i] = rw::to_float(row[i]);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {out}[r * {width} + i] = {value};
 }}"""
     plan.phase(node, "embedding", body.strip(), parameters, "vec.h")
     return result

@@ -2,8 +2,9 @@
 
 from rewriter.dialect.attention import attention
 from rewriter.dialect.grouped import grouped_attention
+from rewriter.dialect.int8 import dequantize_rows, int8_embedding
 from rewriter.dialect.kv import kv_append
-from rewriter.dialect.linear import linear
+from rewriter.dialect.linear import int8_linear, linear
 from rewriter.dialect.mlp import gated_mlp, mlp
 from rewriter.dialect.moe import moe
 from rewriter.dialect.norm import layer_norm, rms_norm
@@ -16,9 +17,12 @@ __all__ = [
     "OPS",
     "DialectOp",
     "attention",
+    "dequantize_rows",
     "dialect_op",
     "gated_mlp",
     "grouped_attention",
+    "int8_embedding",
+    "int8_linear",
     "kv_append",
     "layer_norm",
     "linear",

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from rewriter.dialect import OPS
 from rewriter.program import Program
 from rewriter.source import layer_index, source_line
 
-__all__ = ["Site", "bound_arguments", "number_sites", "sites", "tensor_arguments"]
+__all__ = ["ANCHORS", "Site", "bound_arguments", "number_sites", "sites", "tensor_arguments"]
+
+ANCHORS = {"product": ("linear", "gated_mlp", "mlp")}
+"""Anchors that are any of several operators."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,25 @@ def tensor_arguments(site: Site) -> tuple[fx.Node | None, ...]:
 
 def number_sites(program: Program) -> None:
     """Fix the index of every anchor, so that it does not move when others are rewritten or not."""
-    for op in OPS.values():
-        for index, node in enumerate(program.calls(op.overload)):
+    for op in OPS:
+        for index, node in enumerate(_calls(program, op)):
             node.meta.setdefault("site_index", index)
 
 
+def _calls(program: Program, op: str) -> list[fx.Node]:
+    """Calls of a dialect operator; a graph spells `linear` as ATen does."""
+    aten = program.calls(torch.ops.aten.linear.default) if op == "linear" else []
+    return [*aten, *program.calls(OPS[op].overload)]
+
+
 def sites(program: Program, op: str) -> list[Site]:
-    """Every place where the dialect operator `op` stands, in graph order."""
+    """Every place where the dialect operator `op`, or one that it stands for, is; each in graph order."""
     if op == "program":
         return [Site(program, op, None, 0, None)]
+    if op in ANCHORS:
+        return [site for one in ANCHORS[op] for site in sites(program, one)]
     found: dict[int, Site] = {}
-    calls = program.calls(OPS[op].overload)
+    calls = _calls(program, op)
     for node in calls:
         index = node.meta.get("site_index", 0)
         while index in found:  # two nodes made of one

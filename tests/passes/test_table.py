@@ -13,6 +13,7 @@ import pytest
 from passes import DEFAULT, PASSES
 from rewriter.dialect import OPS
 from rewriter.engine.rewrite_pass import Fidelity, RewritePass
+from rewriter.engine.site import ANCHORS
 from rewriter.engine.spec_text import parse_spec
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_names_agree(cls: type[RewritePass]) -> None:
 def test_is_a_frozen_dataclass_of_knobs(cls: type[RewritePass]) -> None:
     parameters = cls.__dataclass_params__  # pyright: ignore[reportAttributeAccessIssue]
     assert parameters.frozen and all(field.kw_only for field in dataclasses.fields(cls))
-    assert cls.anchor == "program" or cls.anchor in OPS
+    assert cls.anchor == "program" or cls.anchor in OPS or cls.anchor in ANCHORS
     assert cls.conflicts <= set(PASSES)
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(cls(), "layers", (1,))  # noqa: B010
