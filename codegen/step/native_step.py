@@ -115,7 +115,20 @@ class NativeStep:
             log.info("left to PyTorch: %s: %s", name, reason)
         if not plan.phases:
             return None
-        return CompiledStep(self.module, self.names, self.growing, plan, args[self._ids].shape[0])
+        text = self._text(plan, args[self._ids].shape[0])
+        library = compile_library(text)
+        return CompiledStep(self.module, self.names, self.growing, plan, text, library)
+
+    def _text(self, plan: Plan, rows: int) -> str:
+        text = step_text([stage.segment for stage in plan.stages if stage.segment.lines])
+        header = _HEADER.format(
+            rows=rows,
+            phases=plan.phases,
+            segments=plan.segments,
+            nodes=len(self.module.graph.nodes),
+            hash=content_hash(text),
+        )
+        return header + inline_headers(text)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class _Pointer:
 
 
 class CompiledStep:
-    """A plan with its library. `text` is the C++; calls are serialised, as they share the arena."""
+    """A plan with the C++ `text` and its library; calls are serialised, as they share the arena."""
 
     def __init__(
         self,
@@ -136,19 +149,11 @@ class CompiledStep:
         names: list[str],
         growing: Mapping[str, int | None],
         plan: Plan,
-        rows: int,
+        text: str,
+        library: ctypes.CDLL,
     ) -> None:
         self.module, self.names, self.plan = module, names, plan
-        text = step_text([stage.segment for stage in plan.stages if stage.segment.lines])
-        header = _HEADER.format(
-            rows=rows,
-            phases=plan.phases,
-            segments=plan.segments,
-            nodes=len(module.graph.nodes),
-            hash=content_hash(text),
-        )
-        self.text = header + inline_headers(text)
-        self.library = compile_library(self.text)
+        self.text, self.library = text, library
         self.arena = torch.zeros(plan.arena_floats + 16)
         self._arena_at = -(-self.arena.data_ptr() // 64) * 64
         self._arena = self.arena[(self._arena_at - self.arena.data_ptr()) // 4 :]

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
 from rewriter.dialect.attention import ATTENTION_SCHEMA, attention_cost, position_grid, visible
@@ -121,7 +122,7 @@ def _fused(
     """PyTorch's own kernel, on folded rows when there are few of them."""
     num_kv_heads, q_len = k.shape[1], q.shape[2]
     group_size = q.shape[1] // num_kv_heads
-    if causal or q_len > _FOLD_ROWS:
+    if causal or statically_known_true(q_len > _FOLD_ROWS):  # folded rows serve any number of them
         return functional.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=softmax_scale, enable_gqa=group_size > 1
         )

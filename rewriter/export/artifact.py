@@ -49,7 +49,15 @@ from rewriter.program import BakedDim, Program
 from rewriter.report.json import report_from_json, report_to_json
 from rewriter.report.report import Report
 
-__all__ = ["check_target", "is_artifact", "load_optimized", "save_optimized"]
+__all__ = [
+    "check_target",
+    "distinct_weights",
+    "is_artifact",
+    "load_optimized",
+    "program_from_json",
+    "program_to_json",
+    "save_optimized",
+]
 
 PROGRAM, WEIGHTS, REPORT = "program.json", "weights.safetensors", "report.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -87,21 +95,12 @@ def save_optimized(optimized: OptimizedModel, directory: Path) -> None:
 
 def _write(optimized: OptimizedModel, directory: Path) -> None:
     program = optimized.program
-    tensors, aliases = _weights(program)
-    stored = {
-        "name": program.name,
-        "backend": optimized.backend,
-        "signature": signature_to_json(program.signature),
-        "decoding": decoding_to_json(program.decoding),
-        "baked": [[b.input, b.dim, b.value, b.reason] for b in program.baked],
-        "meta": {key: value_to_json(program.meta.get(key)) for key in META},
-        "weights": aliases,
-        "graph": graph_to_json(program.graph),
-    }
+    tensors, aliases = distinct_weights(program)
+    stored = program_to_json(program, aliases) | {"backend": optimized.backend}
     write_json(directory / PROGRAM, stored)
     write_json(directory / REPORT, report_to_json(optimized.report))
     try:
-        save_file(tensors, str(directory / WEIGHTS))
+        save_file(_unshared(tensors), str(directory / WEIGHTS))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"the weights cannot be saved: {error}") from error
     for name, values in ((CONFIG, optimized.config), (GENERATION, optimized.generation_config)):
@@ -109,6 +108,19 @@ def _write(optimized: OptimizedModel, directory: Path) -> None:
             write_json(directory / name, values)
     _copy_tokenizer(optimized.source_directory, directory)
     write_manifest(directory)
+
+
+def program_to_json(program: Program, aliases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Plain JSON types. aliases: from `distinct_weights`. Raises ArtifactError."""
+    return {
+        "name": program.name,
+        "signature": signature_to_json(program.signature),
+        "decoding": decoding_to_json(program.decoding),
+        "baked": [[b.input, b.dim, b.value, b.reason] for b in program.baked],
+        "meta": {key: value_to_json(program.meta.get(key)) for key in META},
+        "weights": aliases,
+        "graph": graph_to_json(program.graph),
+    }
 
 
 def _copy_tokenizer(source: Path | None, directory: Path) -> None:
@@ -119,8 +131,8 @@ def _copy_tokenizer(source: Path | None, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _weights(program: Program) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Each distinct tensor once, and for each attribute of the graph the tensor it is."""
+def distinct_weights(program: Program) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Each distinct tensor once, contiguous and on the CPU, and for each attribute which one it is."""
     tensors: dict[str, Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, dict[str, Any]] = {}
@@ -134,7 +146,7 @@ def _weights(program: Program) -> tuple[dict[str, Tensor], dict[str, dict[str, A
             seen[key] = name
             tensors[name] = value.detach().to("cpu").contiguous()
         aliases[name] = {"tensor": seen[key], "parameter": isinstance(value, nn.Parameter)}
-    return _unshared(tensors), aliases
+    return tensors, aliases
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +177,7 @@ def load_optimized(directory: Path) -> OptimizedModel:
     stored = read_json(directory / PROGRAM)
     tensors = _read_weights(directory / WEIGHTS)
     try:
-        program = _program(stored, tensors)
+        program = program_from_json(stored, tensors)
         backend = stored["backend"]
     except (ArtifactError, *_DAMAGE) as error:
         raise _damaged(directory / PROGRAM, error) from error
@@ -213,7 +225,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, error) from error
 
 
-def _program(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
+def program_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
+    """The inverse of `program_to_json`, over these tensors; damage raises whatever it leads to."""
     graph = graph_from_json(stored["graph"])
     weights = stored["weights"]
     unknown = [n.target for n in graph.find_nodes(op="get_attr") if n.target not in weights]
