@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+import rewriter.dialect  # noqa: F401  registers the operators that graphs name
 from rewriter.source import source_line
 
 __all__ = ["BakedDim", "Decoding", "InputSpec", "Program", "Signature", "StateSpec"]

@@ -26,7 +26,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from rewriter.errors import ArtifactError
 
-__all__ = ["FORMAT", "KEY", "UNSEALED", "OnnxFile", "metadata_text", "open_onnx", "seal"]
+__all__ = ["FORMAT", "KEY", "MODEL", "UNSEALED", "OnnxFile", "metadata_text", "open_onnx", "seal"]
 
 FORMAT = 1
 KEY = "rewriter"
