@@ -23,7 +23,6 @@ from torch import fx, nn
 
 from rewriter.dialect import OPS
 from rewriter.dialect.int8 import Int8Matrix
-from rewriter.dialect.int8 import Int8Matrix
 from rewriter.dialect.linear import linear
 from rewriter.dialect.registry import DialectOp
 from rewriter.engine.miss import Miss
