@@ -7,7 +7,7 @@ import gc
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from rewriter.capture.module import capture
 from rewriter.capture.sources import load_model
 from rewriter.decoding.derive import derive
 from rewriter.engine.miss import Miss
-from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.errors import VerificationError
 from rewriter.program import Program
 from rewriter.raising import raise_program
@@ -107,8 +106,8 @@ class Prepared:
         return self.raised if self.decoding is None else self.decoding
 
 
-def new_report(model: Model, passes: Sequence[RewritePass]) -> Report:
-    """An empty report that says what was asked for and on which versions."""
+def new_report(model: Model) -> Report:
+    """An empty report that says of which model and on which versions."""
     import transformers
 
     import rewriter
@@ -120,8 +119,7 @@ def new_report(model: Model, passes: Sequence[RewritePass]) -> Report:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    specs = tuple(str(item) for item in passes)
-    return Report(name, versions=versions, passes=specs)
+    return Report(name, versions=versions)
 
 
 def prepare(model: Model, example_inputs: Examples, report: Report, clock: Clock) -> Prepared:

@@ -62,16 +62,25 @@ def draw_samples(
 
 
 def grade(
-    model: OptimizedModel, encoding: Encoding, samples: Sequence[TokenSample], mode: str
-) -> Grades:
-    """Ask every question; only what a reply ends with is graded.
+    model: OptimizedModel, encoding: Encoding, samples: Sequence[TokenSample], modes: Sequence[str]
+) -> dict[str, Grades]:
+    """Ask every question in each mode; only what a reply ends with is graded.
 
     Args:
         samples: with the same number of questions; up to `MOST_ROWS` of them share a session.
-        mode: one of `MODES`.
+        modes: of `MODES`. The contexts are read once for all.
     """
-    starts = range(0, len(samples), MOST_ROWS)
-    parts = [_grade(model, encoding, samples[i : i + MOST_ROWS], mode) for i in starts]
+    parts: dict[str, list[Grades]] = {mode: [] for mode in modes}
+    for start in range(0, len(samples), MOST_ROWS):
+        rows = samples[start : start + MOST_ROWS]
+        context = model.session(len(rows))
+        feed(context, [sample.context for sample in rows])
+        for mode in modes:
+            parts[mode].append(_grade(context.fork(), encoding, rows, mode))
+    return {mode: _joined(found) for mode, found in parts.items()}
+
+
+def _joined(parts: Sequence[Grades]) -> Grades:
     return Grades(
         [row for part in parts for row in part.right],
         [row for part in parts for row in part.held],
@@ -80,13 +89,13 @@ def grade(
 
 
 def _grade(
-    model: OptimizedModel, encoding: Encoding, samples: Sequence[TokenSample], mode: str
+    session: Session, encoding: Encoding, samples: Sequence[TokenSample], mode: str
 ) -> Grades:
+    """Of samples whose contexts the session has read."""
     ends = _ends(encoding)
     right: list[list[float]] = [[] for _ in samples]
     held: list[list[float | None]] = [[] for _ in samples]
-    asked = session = model.session(len(samples))
-    feed(session, [sample.context for sample in samples])
+    asked = session
     for turn in range(len(samples[0].questions)):
         questions = [sample.questions[turn] for sample in samples]
         answers = [sample.answers[turn] for sample in samples]

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from rewriter.api import PassSpecs, optimize, resolve_passes
+from codegen.cpp_kernels.compiler import find_compiler
+from rewriter.api import PassSpecs, optimize_variants, resolve_passes
+from rewriter.capture.causal_lm import max_positions
 from rewriter.engine.rewrite_pass import Fidelity as PassFidelity
 from rewriter.errors import ConfigError, InputError, ModelError
 from rewriter.optimized import OptimizedModel
@@ -20,6 +22,9 @@ from rewriter.quality.variants import Plan, Variant, plans
 __all__ = ["measure_quality"]
 
 OnStage = Callable[..., None]
+
+COMPILE_FROM = 1000
+"""Tokens that each variant reads one by one from which compiling its decode step saves time."""
 
 
 def measure_quality(
@@ -59,25 +64,34 @@ def measure_quality(
     if densities and not any(m.at_density(1.0, length=8) for m in lossy):
         raise ConfigError("density", list(densities), "only with a pass that drops something")
     base = Plan(tuple(map(str, [] if against is None else resolve_passes(against))))
-    say("optimize the original")
-    original = optimize(model)
+    suite = Suite(chosen, _encoding(tokenizer, model), max_positions(model))  # pyright: ignore[reportArgumentType]
+    found = plans(lossy, densities, suite.length, controls=controls)
+    wanted = [base, *(plan for plan in found if plan != base)]
+    specs = [["default"], *([*plan.specs, "default"] for plan in wanted)]
+    original, *built = optimize_variants(
+        model,
+        specs,
+        backend=_backend(model, suite),
+        on_stage=lambda stage: say(f"optimize: {stage}"),
+    )
     if original.program.decoding is None:
         raise InputError(f"quality needs incremental decoding: {original.report.decoding}")
-    suite = Suite(
-        chosen, _encoding(tokenizer, model), original, original.program.decoding.max_positions
-    )
-    found = plans(lossy, densities, suite.length, controls=controls)
-    first = _build(model, base, say) if base.specs else Variant(base, original)
-    variants = [first, *(_build(model, plan, say) for plan in found if plan != base)]
-    results = suite.run(variants, say)
+    variants = [_variant(plan, each) for plan, each in zip(wanted, built, strict=True)]
+    results = suite.run(original, variants, say)
     asked = dataclasses.asdict(chosen) | {"length": suite.length, "densities": list(densities)}
     asked["against"] = base.label
     return QualityReport(name or type(model).__name__, asked, original.report.versions, results)
 
 
-def _build(model: nn.Module, plan: Plan, say: OnStage) -> Variant:
-    say(f"optimize {plan.label}")
-    built: OptimizedModel = optimize(model, passes=[*plan.specs, "default"])
+def _backend(model: nn.Module, suite: Suite) -> str:
+    """Compiled decode steps where reading is long and nothing stands against them."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    steps = sum(source.ids.shape[1] for source in suite.sources)
+    worth_it = steps >= COMPILE_FROM and devices == {"cpu"} and find_compiler() is not None
+    return "cpu" if worth_it else "auto"
+
+
+def _variant(plan: Plan, built: OptimizedModel) -> Variant:
     certificates = built.report.certificates
     undone = tuple(f"{c.spec}: {c.reason}" for c in certificates if c.status == "rolled_back")
     applied = {c.spec for c in certificates if c.status != "rolled_back"}

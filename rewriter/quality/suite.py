@@ -81,7 +81,7 @@ class Suite:
     """The rows and samples of a run, drawn once, so that all variants see the same.
 
     Args:
-        encoding: the tokenizer. original: the model's own function; fidelity is measured to it.
+        encoding: the tokenizer.
         max_positions: of the model; None = unbounded.
 
     Raises:
@@ -91,7 +91,6 @@ class Suite:
 
     settings: Settings
     encoding: Encoding
-    original: OptimizedModel
     max_positions: int | None
     length: int = field(init=False)
     sources: list[Source] = field(init=False)
@@ -116,37 +115,37 @@ class Suite:
         drawn = (draw_samples(task, self.encoding, *shape, seed) for seed in chosen.seeds)
         return list(chain.from_iterable(drawn))
 
-    def run(self, variants: Sequence[Variant], on_progress: OnProgress) -> list[Result]:
-        """Measure all variants; accuracies are compared with the first one's."""
+    def run(
+        self, original: OptimizedModel, variants: Sequence[Variant], on_progress: OnProgress
+    ) -> list[Result]:
+        """Measure all variants: fidelity to the original, accuracies compared with the first one's."""
         results = [
             Result(v.plan.label, v.plan.specs, v.plan.control, v.plan.density, undone=v.undone)
             for v in variants
         ]
         for source in self.sources:
-            self._add_fidelity(source, variants, results, on_progress)
+            self._add_fidelity(source, original, variants, results, on_progress)
         for task, samples in self.samples.items():
-            for mode in self.settings.modes:
-                self._add_accuracy(task, mode, samples, variants, results, on_progress)
+            self._add_accuracy(task, samples, variants, results, on_progress)
         return results
 
     def _add_fidelity(
         self,
         source: Source,
+        original: OptimizedModel,
         variants: Sequence[Variant],
         results: list[Result],
         on_progress: OnProgress,
     ) -> None:
         models, half = [v.model for v in variants], source.ids.shape[1] // 2
         what = f"reading {source.name}"
-        own, *traces = compare(
-            self.original, models, source.ids, lambda done: on_progress(what, done)
-        )
+        own, *traces = compare(original, models, source.ids, lambda done: on_progress(what, done))
         masses: list[RetainedMass] | None = None
         if self.settings.mass:
-            masses = retained_mass(self.original.program, source.ids, traces)
+            masses = retained_mass(original.program, source.ids, traces)
         prompts = source.ids[:, :half]
         limit = min(self.settings.written, source.ids.shape[1] - half)
-        texts = greedy_continuations(self.original, prompts, limit)
+        texts = greedy_continuations(original, prompts, limit)
         for index, (model, trace, result) in enumerate(zip(models, traces, results, strict=True)):
             mine = greedy_continuations(model, prompts, limit)
             prefix = common_prefixes(texts, mine)
@@ -157,26 +156,30 @@ class Suite:
     def _add_accuracy(
         self,
         task: str,
-        mode: str,
         samples: list[TokenSample],
         variants: Sequence[Variant],
         results: list[Result],
         on_progress: OnProgress,
     ) -> None:
-        grades: list[Grades] = []
+        grades: list[dict[str, Grades]] = []
         for index, (variant, result) in enumerate(zip(variants, results, strict=True)):
-            grades.append(grade(variant.model, self.encoding, samples, mode))
-            result.task_bytes[task] = grades[-1].state_bytes
-            on_progress(f"answering {task}, {mode}", (index + 1) / len(variants))
-        for mine, result in zip(grades, results, strict=True):
-            pairs = zip(mine.right, grades[0].right, strict=True)
-            differences = [[a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
-            result.accuracy.setdefault(task, {})[mode] = Accuracy(
-                mean_interval(mine.right),
-                mean_interval(differences),
-                self._by_seed(mine.right),
-                _by_evidence(mine),
-            )
+            grades.append(grade(variant.model, self.encoding, samples, self.settings.modes))
+            result.task_bytes[task] = max(mode.state_bytes for mode in grades[-1].values())
+            on_progress(f"answering {task}", (index + 1) / len(variants))
+        for by_mode, result in zip(grades, results, strict=True):
+            result.accuracy[task] = {
+                mode: self._accuracy(mine, grades[0][mode]) for mode, mine in by_mode.items()
+            }
+
+    def _accuracy(self, mine: Grades, first: Grades) -> Accuracy:
+        pairs = zip(mine.right, first.right, strict=True)
+        differences = [[a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
+        return Accuracy(
+            mean_interval(mine.right),
+            mean_interval(differences),
+            self._by_seed(mine.right),
+            _by_evidence(mine),
+        )
 
     def _by_seed(self, right: list[list[float]]) -> dict[str, float]:
         """Scores of each seed's samples."""

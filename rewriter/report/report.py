@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ class Report:
     end_to_end: dict[str, float] = field(default_factory=dict[str, float])  # against the original
     notes: list[str] = field(default_factory=list[str])
     steps: list[Step] = field(default_factory=list[Step])
+
+    def of_passes(self, specs: Iterable[str]) -> Report:
+        """A copy that goes on by itself, with these passes."""
+        return dataclasses.replace(
+            self,
+            passes=tuple(specs),
+            seconds=dict(self.seconds),
+            certificates=list(self.certificates),
+            misses=list(self.misses),
+            notes=list(self.notes),
+            steps=list(self.steps),
+        )
 
     def __str__(self) -> str:
         from rewriter.report.text import render_text

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from codegen.cpp_kernels.compiler import find_compiler
 from rewriter.errors import ConfigError, InputError, ModelError
+from rewriter.quality import measure
 from rewriter.quality.accuracy import draw_samples, grade
 from rewriter.quality.encoding import Encoding
 from rewriter.quality.measure import measure_quality
@@ -112,8 +114,10 @@ def test_samples_together_are_graded_like_samples_alone(optimized, tokenizer):
     encoding = Encoding(tokenizer, len(tokenizer))
     samples = draw_samples("people", encoding, 64, 4, 2, seed=0)
     for mode in ("multi-request", "multi-turn"):
-        together = grade(optimized(), encoding, samples, mode).right
-        alone = [grade(optimized(), encoding, [sample], mode).right[0] for sample in samples]
+        together = grade(optimized(), encoding, samples, [mode])[mode].right
+        alone = [
+            grade(optimized(), encoding, [sample], [mode])[mode].right[0] for sample in samples
+        ]
         assert together == alone
 
 
@@ -127,7 +131,7 @@ def test_right_replies_are_graded_as_right(optimized, tokenizer, monkeypatch):
         return [rows[0], rows[1][:-3], rows[2]]  # the second breaks off
 
     monkeypatch.setattr("rewriter.quality.accuracy.continue_greedily", replies)
-    grades = grade(optimized(), encoding, samples, "multi-request")
+    grades = grade(optimized(), encoding, samples, ["multi-request"])["multi-request"]
     assert grades.right == [[1, 1], [0, 0], [1, 1]]
     assert grades.held == [[None, None]] * 3
 
@@ -147,7 +151,7 @@ def test_what_a_cache_dropped_is_told_apart_from_what_it_kept(optimized, tokeniz
     encoding = Encoding(tokenizer, len(tokenizer))
     samples = draw_samples("retrieval", encoding, 120, 3, 4, seed=1)
     passes = "streaming-llm{num_sink_tokens=2,recent_window=40}"
-    grades = grade(optimized(passes), encoding, samples, "multi-request")
+    grades = grade(optimized(passes), encoding, samples, ["multi-request"])["multi-request"]
     for sample, shares in zip(samples, grades.held, strict=True):
         turns = zip(sample.questions, sample.evidence, shares, strict=True)
         for question, positions, share in turns:
@@ -156,7 +160,7 @@ def test_what_a_cache_dropped_is_told_apart_from_what_it_kept(optimized, tokeniz
             assert share == float(kept)
     found = {share for shares in grades.held for share in shares}
     assert found == {0.0, 1.0}
-    dense = grade(optimized(), encoding, samples, "multi-request")
+    dense = grade(optimized(), encoding, samples, ["multi-request"])["multi-request"]
     assert {share for shares in dense.held for share in shares} == {1.0}
 
 
@@ -223,3 +227,16 @@ def test_a_tokenizer_of_another_model_is_refused(model, tokenizer):
 def test_densities_want_something_that_drops(model, tokenizer):
     with pytest.raises(ConfigError, match=r"density.*drops something"):
         measured(model, tokenizer, passes="default", densities=(0.5,))
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_compiled_steps_measure_the_same(model, tokenizer, report, monkeypatch):
+    monkeypatch.setattr(measure, "COMPILE_FROM", 1)
+    compiled = measured(model, tokenizer, densities=(0.25,), controls=False)
+    for mine, theirs in zip(compiled.results, report.results[:2], strict=True):
+        assert mine.label == theirs.label
+        for name in mine.fidelity:
+            assert mine.fidelity[name].kl_mean == pytest.approx(
+                theirs.fidelity[name].kl_mean, rel=1e-3, abs=1e-9
+            )
+    assert compiled.results[0].fidelity["retrieval"].kl_mean == 0
