@@ -6,6 +6,7 @@ __all__ = [
     "ArtifactError",
     "CaptureError",
     "ConfigError",
+    "ExportError",
     "InputError",
     "ModelError",
     "RewriteError",
@@ -48,3 +49,7 @@ class VerificationError(RewriterError):
 
 class ArtifactError(RewriterError):
     """A saved program is missing, damaged, or of an unknown version."""
+
+
+class ExportError(RewriterError):
+    """A program cannot be written in the format asked for; names the operator or option and why."""

@@ -1,0 +1,375 @@
+"""A program as a function: state goes in and comes out, positions come from the caller's masks.
+
+| placeholder of the program | becomes |
+|---|---|
+| `position_ids`, `q_positions`, `k_positions` | computed from `attention_mask` or true positions |
+| `kv_offset`, `logits_to_keep` | nothing: entries are joined, the last real row is taken |
+| a state | an input with what was kept; what is kept now is an output |
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from codegen.onnx_functions import FUNCTIONS
+from codegen.onnx_functions.attention import attention_masked, seen
+from codegen.onnx_functions.positions import (
+    by_mask,
+    by_position,
+    last_row,
+    right_padded,
+    rows_by_mask,
+    rows_right_padded,
+)
+from codegen.onnx_functions.rope import rope_by_table
+from codegen.onnx_functions.state import (
+    append_entries,
+    attend_ring,
+    random_entries,
+    streaming_entries,
+)
+from rewriter.decoding.derive import END, logits_node
+from rewriter.dialect import OPS
+from rewriter.engine.site import bound_arguments
+from rewriter.errors import ExportError
+from rewriter.export.baked_tables import Baked, bake_tables
+from rewriter.export.ports import Port, StatePorts, needs_mask, needs_positions, state_ports
+from rewriter.program import Program
+from rewriter.verify.inputs import whole_scenarios
+from rewriter.verify.verification import Verification
+
+__all__ = ["Functional", "functional"]
+
+aten = torch.ops.aten
+ATTENTIONS = ("attention", "grouped_attention")
+RING_REASON = "ONNX's Attention has no ring of slots whose keys turn to their ranks"
+ENTRIES_REASON = "book-keeping of slots, in integers"
+
+
+@dataclass
+class Functional:
+    """A module without state and how it is called.
+
+    Attributes:
+        module: takes the inputs and gives the outputs, in order.
+        states: of a program that decodes, else empty.
+        decomposed: by dialect operator, why it is not one ONNX operator.
+    """
+
+    module: nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[StatePorts, ...] = ()
+    decomposed: dict[str, str] = field(default_factory=dict)
+    padding: str = "any"
+    max_positions: int | None = None
+    examples: tuple[Tensor, ...] | None = None
+
+
+def functional(
+    program: Program, *, ep: str = "portable", logits: str = "last", max_length: int | None = None
+) -> Functional:
+    """The function of a program that decodes, or of a plain module.
+
+    Args:
+        program: is not changed; the weights are shared.
+        ep: "portable" or a provider of ONNX Runtime whose operators may be used.
+        logits: "last" = of the last token of each row, "all" = of every one.
+        max_length: positions for which rotary tables are stored; None = all that the model has.
+
+    Raises:
+        ExportError: state is used in a way that has no functional form.
+    """
+    if program.decoding is None:
+        return _plain_module(program.clone())
+    return _Conversion(program.clone(), logits, max_length).result()
+
+
+def _plain_module(program: Program) -> Functional:
+    """Operators exchanged, inputs and outputs as they are."""
+    for node in program.graph.nodes:
+        namespace, name = _dialect_name(node)
+        if namespace == "rewriter":
+            node.target = FUNCTIONS.get(name, OPS[name].reference)
+    program.finish()
+    inputs = tuple(Port(s.name, s.dtype, s.dims) for s in program.signature.inputs)
+    scenario = whole_scenarios(program, Verification())[0]
+    examples = tuple(scenario.inputs[port.name] for port in inputs)
+    return Functional(program.module, inputs, _outputs(program), examples=examples)
+
+
+def _outputs(program: Program) -> tuple[Port, ...]:
+    """By the model's own names where its outputs have some."""
+    known: dict[str, str] = {}
+    for spec in program.signature.inputs:
+        node = program.placeholder(spec.name)
+        shape = node.meta["val"].shape if node is not None else ()
+        known |= {str(e): d for e, d in zip(shape, spec.dims, strict=True) if isinstance(d, str)}
+    names = program.signature.out_spec.context
+    nodes: Any = program.graph.output_node().args[0]
+    if not isinstance(names, list) or len(names) != len(nodes):
+        names = ["output"] if len(nodes) == 1 else [f"output_{i}" for i in range(len(nodes))]
+    return tuple(
+        Port(str(name), node.meta["val"].dtype, _dims(node.meta["val"], known))
+        for name, node in zip(names, nodes, strict=True)
+    )
+
+
+def _dims(value: Tensor, known: dict[str, str]) -> tuple[int | str, ...]:
+    return tuple(e if isinstance(e, int) else known.get(str(e), str(e)) for e in value.shape)
+
+
+class _Conversion:
+    """One pass over the graph of a program of its own, which it changes."""
+
+    def __init__(self, program: Program, logits: str, max_length: int | None) -> None:
+        assert program.decoding is not None
+        self.program, self.graph, self.decoding = program, program.graph, program.decoding
+        self.logits = logits
+        limits = [n for n in (self.decoding.max_positions, max_length) if n is not None]
+        self.limit = min(limits, default=program.meta.get("max_positions"))
+        self.states = state_ports(self.decoding)
+        self.placed: list[fx.Node] = []
+        self.present: dict[fx.Node, fx.Node] = {}
+        self.masks: dict[tuple[Any, ...], fx.Node] = {}
+        self.decomposed: dict[str, str] = {}
+
+    def result(self) -> Functional:
+        self.baked = bake_tables(self.program, self.limit)
+        self._positions()
+        for node in list(self.graph.nodes):
+            self._convert(node)
+        self._finish()
+        return Functional(
+            self.program.module,
+            tuple(self.inputs),
+            (self._logits_port(), *(ports.output for ports in self.states)),
+            self.states,
+            self.decomposed,
+            max_positions=self._limit_of_positions(),
+        )
+
+    def _limit_of_positions(self) -> int | None:
+        """Where a table at true positions ends; None where positions have no end."""
+        return self.limit if self.decoding.max_positions is not None else None
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+    def _positions(self) -> None:
+        """New placeholders for what the caller gives, and the positions computed from them."""
+        ids = self._placeholder("input_ids")
+        self.inputs = [Port("input_ids", torch.int64, ("batch", "q_len"))]
+        self.mask = self.true = None
+        if needs_mask(self.decoding):
+            self.mask = self._placeholder("attention_mask")
+            self.inputs.append(Port("attention_mask", torch.int64, ("batch", "total")))
+        if needs_positions(self.decoding):
+            self.true = self._placeholder("true_positions")
+            self.inputs.append(Port("position_ids", torch.int64, ("batch", "q_len")))
+        for ports in self.states:
+            self._placeholder(ports.spec.name)
+            self.inputs.append(ports.input)
+        last = self.program.placeholders()[-1]
+        given: dict[str, fx.Node] = {}
+        with self.graph.inserting_before(last.next):
+            given |= self._computed(ids)
+        self.q_positions = given["q_positions"]
+        self.k_positions = given.get("k_positions")
+        self.position_ids = given["position_ids"]
+        for name, node in given.items():
+            old = self.program.placeholder(name)
+            if old is not None and old is not node:
+                old.replace_all_uses_with(node)
+                self.graph.erase_node(old)
+        self.baked = {
+            node: Baked(b.cos, b.sin, given.get(b.positions.name, b.positions))
+            for node, b in self.baked.items()
+        }
+
+    def _placeholder(self, name: str) -> fx.Node:
+        """The placeholder of that name, made if need be, behind those that were asked for before."""
+        node = self.program.placeholder(name)
+        first = self.program.placeholders()[len(self.placed)]
+        if node is None:
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(name)
+        elif node is not first:
+            first.prepend(node)
+        self.placed.append(node)
+        return node
+
+    def _computed(self, ids: fx.Node) -> dict[str, fx.Node]:
+        found: dict[str, fx.Node] = {}
+        if self.mask is not None:
+            triple = self._call(by_mask, self.mask, ids)
+            names = ("position_ids", "q_positions", "k_positions")
+            found = {n: self._call(operator.getitem, triple, i) for i, n in enumerate(names)}
+        if self.true is not None:
+            found["position_ids"] = self._call(by_position, self.true)
+            found["q_positions"] = self.true
+        return found
+
+    def _convert(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            return
+        namespace, name = _dialect_name(node)
+        if namespace != "rewriter":
+            return
+        with self.graph.inserting_before(node):
+            special = getattr(self, f"_{name}", None)
+            if name in ATTENTIONS:
+                self._attention(node)
+            elif special is not None:
+                special(node)
+            else:
+                self._plain(node, name)
+
+    def _plain(self, node: fx.Node, name: str) -> None:
+        node.target = FUNCTIONS.get(name, OPS[name].reference)
+
+    def _rope(self, node: fx.Node) -> None:
+        baked = self.baked.get(node)
+        if baked is None:
+            self._plain(node, "rope")
+            return
+        node.args = (bound_arguments(node)["x"], baked.cos, baked.sin, baked.positions)
+        node.target = rope_by_table
+
+    def _kv_append(self, node: fx.Node) -> None:
+        arguments = bound_arguments(node)
+        for kept, new in (("k_cache", "k"), ("v_cache", "v")):
+            state = arguments[kept]
+            joined = self._call(append_entries, state, arguments[new])
+            self._replace_views(state, joined, node)
+        self.graph.erase_node(node)
+
+    def _replace_views(self, state: fx.Node, joined: fx.Node, append: fx.Node) -> None:
+        """Everything that reads the first entries of the state after the append reads all of them."""
+        for user in list(state.users):
+            if user in (joined, append):
+                continue
+            if user.target is not aten.slice.Tensor or state in self.present:
+                raise ExportError(f"{state.name} is read by {user.target}, which is not supported")
+            user.replace_all_uses_with(joined)
+            self.graph.erase_node(user)
+        self.present[state] = joined
+
+    def _attention(self, node: fx.Node) -> None:
+        arguments = bound_arguments(node)
+        q_positions, k_positions = arguments["q_positions"], arguments["k_positions"]
+        mask, span = arguments.pop("mask"), arguments.pop("span")
+        names = ("q", "k", "v", "bias", "sinks", "slopes", "softmax_scale", "softcap")
+        given = {name: arguments[name] for name in names}
+        keep = self._seen(q_positions, k_positions, mask, span)
+        node.target, node.args = attention_masked, ()
+        node.kwargs = given | {"keep": keep, "q_positions": q_positions, "k_positions": k_positions}
+
+    def _seen(self, q_positions: fx.Node, k_positions: fx.Node, mask: str, span: int) -> fx.Node:
+        """One mask for all layers that see alike."""
+        key = (q_positions, k_positions, mask, span)
+        if key not in self.masks:
+            after = max(q_positions, k_positions)
+            with self.graph.inserting_after(after):
+                self.masks[key] = self._call(seen, q_positions, k_positions, mask=mask, span=span)
+        return self.masks[key]
+
+    def _streaming_entries(self, node: fx.Node) -> None:
+        self._entries(node, streaming_entries, 4)
+
+    def _random_entries(self, node: fx.Node) -> None:
+        self._entries(node, random_entries, 3)
+
+    def _entries(self, node: fx.Node, function: Callable[..., Any], last: int) -> None:
+        """The same results and one more: the positions in the slots afterwards."""
+        state = bound_arguments(node)["slot_positions"]
+        self.decomposed[_dialect_name(node)[1]] = ENTRIES_REASON
+        node.target = function
+        with self.graph.inserting_after(node):
+            self.present[state] = self._call(operator.getitem, node, last)
+
+    def _streaming_attention(self, node: fx.Node) -> None:
+        arguments = bound_arguments(node)
+        baked = self.baked.get(node)
+        if baked is not None:
+            tables = {"cos": baked.cos, "sin": baked.sin, "ranks": baked.positions}
+            arguments |= tables
+        self.decomposed["streaming_attention"] = RING_REASON
+        states = (arguments["k_ring"], arguments["v_ring"])
+        call = self._call(attend_ring, **arguments)
+        out, *kept = (self._call(operator.getitem, call, i) for i in range(3))
+        node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
+        self.present |= dict(zip(states, kept, strict=True))
+
+    def _finish(self) -> None:
+        output = self.graph.output_node()
+        logits = logits_node(self.program)
+        logits = self._last_logits(logits) if self.logits == "last" else self._all_logits(logits)
+        missing = [s.spec.name for s in self.states if self._state(s) not in self.present]
+        if missing:
+            raise ExportError(f"state {missing[0]} is never written")
+        output.args = ((logits, *(self.present[self._state(s)] for s in self.states)),)
+        self._erase_dead()
+        self.program.finish()
+
+    def _state(self, ports: StatePorts) -> fx.Node:
+        node = self.program.placeholder(ports.spec.name)
+        assert node is not None
+        return node
+
+    def _cuts(self) -> list[fx.Node]:
+        """Where the program cuts to the last `logits_to_keep` rows before its last projection."""
+        keep = self.program.placeholder("logits_to_keep")
+        if keep is None:
+            return []
+        negated = [u for u in keep.users if u.target is operator.neg]
+        return [cut for node in negated for cut in node.users]
+
+    def _all_logits(self, logits: fx.Node) -> fx.Node:
+        for cut in self._cuts():
+            cut.replace_all_uses_with(cut.args[0])  # pyright: ignore
+        return logits
+
+    def _last_logits(self, logits: fx.Node) -> fx.Node:
+        """Only the last token of each row is projected."""
+        cuts = self._cuts()
+        if not cuts:
+            with self.graph.inserting_before(self.graph.output_node()):
+                return self._call(last_row, logits, self._last_columns())
+        for cut in cuts:
+            with self.graph.inserting_before(cut):
+                last = self._call(last_row, cut.args[0], self._last_columns())
+            cut.replace_all_uses_with(last)
+        return logits
+
+    def _last_columns(self) -> fx.Node:
+        return self._call(rows_by_mask, self.q_positions)
+
+    def _erase_dead(self) -> None:
+        """Python functions have no schema, so nothing else would know that they can go."""
+        for node in reversed(list(self.graph.nodes)):
+            declared = node.op == "placeholder" and node.name not in _INTERNAL
+            if not node.users and node.op != "output" and not declared:
+                self.graph.erase_node(node)
+
+    def _logits_port(self) -> Port:
+        value = logits_node(self.program).meta["val"]
+        rows = 1 if self.logits == "last" else "q_len"
+        return Port("logits", value.dtype, ("batch", rows, int(value.shape[2])))
+
+
+_INTERNAL = ("position_ids", "q_positions", "k_positions", "kv_offset", "logits_to_keep")
+
+
+def _dialect_name(node: fx.Node) -> tuple[str, str]:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return "", ""
+    return target.namespace, target._schema.name.split("::")[-1]
