@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rewriter.deploy.decoder import Generated, OnnxDecoder, Piece
-from rewriter.deploy.sampling import Sampling
+from rewriter.deploy.decoder import OnnxDecoder
+from rewriter.deploy.generation import Generated, Piece
+from rewriter.deploy.options import Options
 from rewriter.deploy.session import OnnxSession
 
-__all__ = ["Generated", "OnnxDecoder", "OnnxSession", "Piece", "Sampling"]
+__all__ = ["Generated", "OnnxDecoder", "OnnxSession", "Options", "Piece"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from rewriter.deploy.generation import Generated, Piece, Row
 from rewriter.deploy.layout import read_layout
-from rewriter.deploy.sampling import Sampling
+from rewriter.deploy.options import Options
 from rewriter.deploy.session import OnnxSession
-from rewriter.deploy.text import StopText, TextStream, read_tokenizer
+from rewriter.deploy.text import read_tokenizer
 from rewriter.errors import ArtifactError, ConfigError, InputError
 from rewriter.export.directory import MANIFEST, check_files
 from rewriter.export.onnx_file import MODEL, OnnxFile, open_onnx
 
-__all__ = ["Generated", "OnnxDecoder", "Piece"]
+__all__ = ["OnnxDecoder"]
 
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
@@ -30,30 +30,6 @@ DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0}
 PLAIN |= {"forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None}
 """Settings of Hugging Face's loop that this one does not have, with the values that mean nothing."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One step of a generation.
-
-    Attributes:
-        ids: the new tokens. text: what they add; "" inside of a character, or without a tokenizer.
-        finish_reason: at the end "stop" (end of sequence, or a stop word) or "length".
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a prompt led to: new tokens without the prompt's, their text, and why it ended."""
-
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
-    text: str
-    finish_reason: str
 
 
 class OnnxDecoder:
@@ -139,132 +115,83 @@ class OnnxDecoder:
         """Text of tokens, without special ones; "" where there is no tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(list(ids))
 
-    def generate(self, prompt: Prompt, max_new_tokens: int = 64, **options: Any) -> Generated:
-        """Continue one prompt; options as of `stream`."""
-        return self.generate_batch([prompt], max_new_tokens, **options)[0]
-
-    def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int = 64,
-        *,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Iterator[Piece]:
-        """Continue one prompt, token by token.
+    def generate(self, prompt: Prompt, **options: Any) -> Generated:
+        """Continue one prompt, a text or token ids.
 
         Args:
-            prompt: a text, or token ids.
-            sampling: how tokens are chosen; None = always the most likely one.
-            stop: words that end the text; they are not part of it.
-            ignore_eos: go on after the end of a sequence.
+            options: fields of `Options`: max_new_tokens, temperature, top_k, top_p, seed, stop,
+                ignore_eos.
 
         Raises:
-            InputError: an empty or unknown prompt, or more tokens than the model has positions.
+            InputError: no tokens or unknown ones, or more than the model has positions.
+            ConfigError: an option with a value that is not allowed.
         """
-        rows = self._rows([prompt], stop)
-        for _ in self._steps(rows, max_new_tokens, sampling or Sampling(), ignore_eos):
-            yield rows[0].taken()
+        return self.generate_batch([prompt], **options)[0]
 
-    def generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int = 64,
-        *,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> list[Generated]:
-        """Continue several prompts at once, of any lengths; arguments and errors as of `stream`."""
-        rows = self._rows(prompts, stop)
-        for _ in self._steps(rows, max_new_tokens, sampling or Sampling(), ignore_eos):
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Generated]:
+        """Continue several prompts at once, of any lengths; otherwise like `generate`."""
+        chosen = Options(**options)
+        rows = self._rows(prompts, chosen)
+        for _ in self._steps(rows, chosen):
             pass
         return [row.result() for row in rows]
 
-    def _rows(self, prompts: Sequence[Prompt], stop: Sequence[str]) -> list[_Row]:
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Piece]:
+        """Like `generate`, token by token."""
+        for (piece,) in self.stream_batch([prompt], **options):
+            yield piece
+
+    def stream_batch(self, prompts: Sequence[Prompt], **options: Any) -> Iterator[list[Piece]]:
+        """Like `generate_batch`: a piece of every prompt at each step, empty once it is done."""
+        chosen = Options(**options)
+        rows = self._rows(prompts, chosen)
+        for _ in self._steps(rows, chosen):
+            yield [row.taken() for row in rows]
+
+    def _rows(self, prompts: Sequence[Prompt], options: Options) -> list[Row]:
         if not prompts:
             raise InputError("prompts is empty; allowed: 1 or more")
-        if stop and self.tokenizer is None:
-            raise InputError(f"stop={list(stop)!r} needs a tokenizer.json beside the file")
-        return [_Row(self, self._prompt_ids(prompt), stop) for prompt in prompts]
+        if options.stop and self.tokenizer is None:
+            raise InputError(f"stop={options.stop!r} needs a tokenizer.json beside the file")
+        ids = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        for prompt, found in zip(prompts, ids, strict=True):
+            if not found:
+                raise InputError(f"prompt={prompt!r} has no tokens; allowed: 1 or more")
+        return [Row(found, self.tokenizer, options.stop) for found in ids]
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        if not ids:
-            raise InputError(f"prompt={prompt!r} has no tokens; allowed: 1 or more")
-        return ids
-
-    def _steps(
-        self, rows: list[_Row], max_new_tokens: int, sampling: Sampling, ignore_eos: bool
-    ) -> Iterator[None]:
+    def _steps(self, rows: list[Row], options: Options) -> Iterator[None]:
         """One new token of each row that is not done, until all are."""
-        longest = max(len(row.prompt_ids) for row in rows)
-        self._check_length(longest, max_new_tokens)
-        session = self.session(len(rows), capacity=longest + max_new_tokens)
-        ends = frozenset() if ignore_eos else self.eos_ids
-        random = sampling.generator()
-        ids = np.zeros((len(rows), longest), np.int64)
-        mask = np.zeros_like(ids)
-        for row, known, shown in zip(rows, ids, mask, strict=True):
-            known[: len(row.prompt_ids)], shown[: len(row.prompt_ids)] = row.prompt_ids, 1
+        ids, mask = _right_padded([row.prompt_ids for row in rows])
+        longest, limit = ids.shape[1], options.max_new_tokens
+        self._check_length(longest, limit)
+        session = self.session(len(rows), capacity=longest + limit)
+        ends = frozenset() if options.ignore_eos else self.eos_ids
+        random = options.generator()
         logits = _last(session.run(ids, mask), mask)
-        for step in range(max_new_tokens):
-            tokens = sampling.choose(logits, random)
-            for row, token in zip(rows, tokens, strict=True):
-                row.push(int(token), int(token) in ends, step + 1 == max_new_tokens)
+        for step in range(1, limit + 1):
+            tokens = options.choose(logits, random)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                row.push(token, end=token in ends, last=step == limit)
             yield
             if all(row.finish_reason for row in rows):
                 return
             logits = session.run(tokens[:, None])[:, -1]
 
-    def _check_length(self, longest: int, max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise ConfigError("max_new_tokens", max_new_tokens, "1 or more")
+    def _check_length(self, longest: int, new: int) -> None:
         limit = self.layout.max_positions
-        if limit is not None and longest + max_new_tokens - 1 > limit:
+        if limit is not None and longest + new - 1 > limit:
             raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are longer than"
-                f" the model's {limit} positions"
+                f"a prompt of {longest} tokens and max_new_tokens={new} are longer than the model's"
+                f" {limit} positions"
             )
 
 
-class _Row:
-    """One prompt of a batch, and what came of it."""
-
-    def __init__(self, decoder: OnnxDecoder, prompt_ids: list[int], stop: Sequence[str]) -> None:
-        self.prompt_ids, self.ids, self.text = prompt_ids, [], ""
-        self.finish_reason: str | None = None
-        self._stream = None if decoder.tokenizer is None else TextStream(decoder.tokenizer)
-        self._stop = StopText(stop)
-        self._taken_ids = self._taken_text = 0
-
-    def push(self, token: int, end: bool, last: bool) -> None:
-        """One more token; ignored once the row is done."""
-        if self.finish_reason:
-            return
-        self.ids.append(token)
-        text = "" if self._stream is None else self._stream.push(token)
-        if self._stream is not None and (end or last):
-            text += self._stream.end()
-        self.text += self._stop.push(text)
-        if end or self._stop.found:
-            self.finish_reason = "stop"
-        elif last:
-            self.finish_reason = "length"
-        if self.finish_reason:
-            self.text += self._stop.end()
-
-    def taken(self) -> Piece:
-        """What is new since the last call."""
-        ids, text = tuple(self.ids[self._taken_ids :]), self.text[self._taken_text :]
-        self._taken_ids, self._taken_text = len(self.ids), len(self.text)
-        return Piece(ids, text, self.finish_reason)
-
-    def result(self) -> Generated:
-        """All of it."""
-        reason = self.finish_reason or "length"
-        return Generated(tuple(self.prompt_ids), tuple(self.ids), self.text, reason)
+def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Token ids and mask, int64 [prompts, longest]."""
+    longest = max(map(len, prompts))
+    ids = np.array([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], np.int64)
+    mask = np.arange(longest) < np.array([[len(prompt)] for prompt in prompts])
+    return ids, mask.astype(np.int64)
 
 
 def _last(logits: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
