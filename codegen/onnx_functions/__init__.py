@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from codegen.onnx_functions.attention import attention
+from codegen.onnx_functions.mlp import gated_mlp, linear, mlp
 from codegen.onnx_functions.moe import moe
 from codegen.onnx_functions.norm import layer_norm, rms_norm
 from codegen.onnx_functions.rope import rope
@@ -17,8 +18,11 @@ __all__ = ["FUNCTIONS"]
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "attention": attention,
+    "gated_mlp": gated_mlp,
     "grouped_attention": attention,
     "layer_norm": layer_norm,
+    "linear": linear,
+    "mlp": mlp,
     "moe": moe,
     "rms_norm": rms_norm,
     "rope": rope,

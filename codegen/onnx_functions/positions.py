@@ -9,9 +9,9 @@ __all__ = [
     "by_mask",
     "by_position",
     "last_row",
+    "right_padded",
     "rows_by_mask",
     "rows_right_padded",
-    "right_padded",
 ]
 
 Positions = tuple[Tensor, Tensor, Tensor]

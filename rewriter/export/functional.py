@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,13 @@ from torch import Tensor, fx, nn
 
 from codegen.onnx_functions import FUNCTIONS
 from codegen.onnx_functions.attention import attention_masked, seen
+from codegen.onnx_functions.grouped_query import (
+    entry_bias,
+    entry_counts,
+    grouped_query,
+    merge_heads,
+    split_heads,
+)
 from codegen.onnx_functions.positions import (
     by_mask,
     by_position,
@@ -34,11 +41,14 @@ from codegen.onnx_functions.state import (
     random_entries,
     streaming_entries,
 )
-from rewriter.decoding.derive import END, logits_node
+from rewriter.decoding.derive import logits_node
 from rewriter.dialect import OPS
-from rewriter.engine.site import bound_arguments
+from rewriter.engine.cached_attention import CachedAttention, cached_attention
+from rewriter.engine.miss import Miss
+from rewriter.engine.site import Site, bound_arguments, sites
 from rewriter.errors import ExportError
 from rewriter.export.baked_tables import Baked, bake_tables
+from rewriter.export.head_layout import drop_unchanged, merged_source, merged_users
 from rewriter.export.ports import Port, StatePorts, needs_mask, needs_positions, state_ports
 from rewriter.program import Program
 from rewriter.verify.inputs import whole_scenarios
@@ -48,6 +58,8 @@ __all__ = ["Functional", "functional"]
 
 aten = torch.ops.aten
 ATTENTIONS = ("attention", "grouped_attention")
+ROTATED_WIDTH, TABLE_WIDTH = 16, 8
+"""GroupQueryAttention rotates heads, and by tables, whose widths are multiples of these."""
 RING_REASON = "ONNX's Attention has no ring of slots whose keys turn to their ranks"
 ENTRIES_REASON = "book-keeping of slots, in integers"
 
@@ -88,7 +100,7 @@ def functional(
     """
     if program.decoding is None:
         return _plain_module(program.clone())
-    return _Conversion(program.clone(), logits, max_length).result()
+    return _Conversion(program.clone(), ep, logits, max_length).result()
 
 
 def _plain_module(program: Program) -> Functional:
@@ -128,19 +140,23 @@ def _dims(value: Tensor, known: dict[str, str]) -> tuple[int | str, ...]:
 class _Conversion:
     """One pass over the graph of a program of its own, which it changes."""
 
-    def __init__(self, program: Program, logits: str, max_length: int | None) -> None:
+    def __init__(self, program: Program, ep: str, logits: str, max_length: int | None) -> None:
         assert program.decoding is not None
+        self.ep = ep
         self.program, self.graph, self.decoding = program, program.graph, program.decoding
         self.logits = logits
         limits = [n for n in (self.decoding.max_positions, max_length) if n is not None]
         self.limit = min(limits, default=program.meta.get("max_positions"))
         self.states = state_ports(self.decoding)
+        self.turned: dict[fx.Node, tuple[fx.Node, Baked, bool]] = {}
         self.placed: list[fx.Node] = []
         self.present: dict[fx.Node, fx.Node] = {}
         self.masks: dict[tuple[Any, ...], fx.Node] = {}
         self.decomposed: dict[str, str] = {}
 
     def result(self) -> Functional:
+        drop_unchanged(self.graph)
+        self.grouped = self._grouped()
         self.baked = bake_tables(self.program, self.limit)
         self._positions()
         for node in list(self.graph.nodes):
@@ -152,8 +168,24 @@ class _Conversion:
             (self._logits_port(), *(ports.output for ports in self.states)),
             self.states,
             self.decomposed,
+            padding="right" if self.grouped else "any",
             max_positions=self._limit_of_positions(),
         )
+
+    def _grouped(self) -> dict[fx.Node, CachedAttention]:
+        """Attentions that become GroupQueryAttention: all of the dense ones, or none."""
+        if self.ep == "portable":
+            return {}
+        found: dict[fx.Node, CachedAttention] = {}
+        for op in ATTENTIONS:
+            for site in sites(self.program, op):
+                cached = fits_grouped_query(site)
+                if isinstance(cached, str):
+                    self.decomposed[op] = f"Attention with a mask, no GroupQueryAttention: {cached}"
+                    return {}
+                assert site.node is not None
+                found[site.node] = cached
+        return found
 
     def _limit_of_positions(self) -> int | None:
         """Where a table at true positions ends; None where positions have no end."""
@@ -208,7 +240,10 @@ class _Conversion:
     def _computed(self, ids: fx.Node) -> dict[str, fx.Node]:
         found: dict[str, fx.Node] = {}
         if self.mask is not None:
-            triple = self._call(by_mask, self.mask, ids)
+            if self.grouped:
+                pair = self._call(entry_counts, self.mask)
+                self.counts = [self._call(operator.getitem, pair, i) for i in range(2)]
+            triple = self._call(right_padded if self.grouped else by_mask, self.mask, ids)
             names = ("position_ids", "q_positions", "k_positions")
             found = {n: self._call(operator.getitem, triple, i) for i, n in enumerate(names)}
         if self.true is not None:
@@ -239,10 +274,14 @@ class _Conversion:
         if baked is None:
             self._plain(node, "rope")
             return
-        node.args = (bound_arguments(node)["x"], baked.cos, baked.sin, baked.positions)
+        arguments = bound_arguments(node)
+        self.turned[node] = (arguments["x"], baked, arguments["interleaved"])
+        node.args = (arguments["x"], baked.cos, baked.sin, baked.positions)
         node.target = rope_by_table
 
     def _kv_append(self, node: fx.Node) -> None:
+        if any(cached.append is node for cached in self.grouped.values()):
+            return
         arguments = bound_arguments(node)
         for kept, new in (("k_cache", "k"), ("v_cache", "v")):
             state = arguments[kept]
@@ -262,6 +301,9 @@ class _Conversion:
         self.present[state] = joined
 
     def _attention(self, node: fx.Node) -> None:
+        if node in self.grouped:
+            self._grouped_query(node, self.grouped[node])
+            return
         arguments = bound_arguments(node)
         q_positions, k_positions = arguments["q_positions"], arguments["k_positions"]
         mask, span = arguments.pop("mask"), arguments.pop("span")
@@ -270,6 +312,57 @@ class _Conversion:
         keep = self._seen(q_positions, k_positions, mask, span)
         node.target, node.args = attention_masked, ()
         node.kwargs = given | {"keep": keep, "q_positions": q_positions, "k_positions": k_positions}
+
+    def _grouped_query(self, node: fx.Node, cached: CachedAttention) -> None:
+        arguments = bound_arguments(node)
+        mask, span = arguments["mask"], arguments["span"]
+        q, k, tables, interleaved = self._rotated(arguments["q"], cached.k)
+        merged = [merged_source(x) or self._call(merge_heads, x) for x in (q, k, cached.v)]
+        states = (cached.k_state, cached.v_state)
+        num_heads = int(arguments["q"].meta["val"].shape[1])
+        call = self._call(
+            grouped_query,
+            *(*merged, *states, *self.counts, self.mask, *tables),
+            self._bias(arguments["slopes"], mask, span),
+            arguments["sinks"],
+            num_heads=num_heads,
+            softmax_scale=arguments["softmax_scale"],
+            softcap=arguments["softcap"],
+            window=span if mask == "sliding_window" else -1,
+            interleaved=interleaved,
+        )
+        out, *kept = (self._call(operator.getitem, call, i) for i in range(3))
+        self.present |= dict(zip(states, kept, strict=True))
+        for user in merged_users(node):
+            user.replace_all_uses_with(out)
+        node.replace_all_uses_with(self._call(split_heads, out, num_heads))
+        for old in (node, *dict.fromkeys(cached.views), cached.append):
+            self.graph.erase_node(old)
+
+    def _rotated(self, q: fx.Node, k: fx.Node) -> tuple[Any, Any, tuple[Any, Any], bool]:
+        """q and k before a rotation that the operator can do, and its tables."""
+        found = [self.turned.get(x) for x in (q, k)]
+        if found[0] is None or found[1] is None:
+            return q, k, (None, None), False
+        (x, baked, how), (y, other, same) = found
+        alike = (baked.cos, baked.sin, how) == (other.cos, other.sin, same)
+        narrow = x.meta["val"].shape[3] % ROTATED_WIDTH or self._table_width(baked) % TABLE_WIDTH
+        if not alike or narrow or baked.positions is not self.position_ids:
+            return q, k, (None, None), False
+        return x, y, (baked.cos, baked.sin), how
+
+    def _table_width(self, baked: Baked) -> int:
+        return self.program.module.get_buffer(str(baked.cos.target)).shape[1]
+
+    def _bias(self, slopes: fx.Node | None, mask: str, span: int) -> fx.Node | None:
+        """One for all layers alike; None where attributes say it all."""
+        if slopes is None and mask in ("causal", "sliding_window"):
+            return None
+        key = (slopes, mask, span)
+        if key not in self.masks:
+            at = (self.q_positions, self.k_positions, slopes)
+            self.masks[key] = self._call(entry_bias, *at, mask=mask, span=span)
+        return self.masks[key]
 
     def _seen(self, q_positions: fx.Node, k_positions: fx.Node, mask: str, span: int) -> fx.Node:
         """One mask for all layers that see alike."""
@@ -350,6 +443,8 @@ class _Conversion:
         return logits
 
     def _last_columns(self) -> fx.Node:
+        if self.grouped:
+            return self._call(rows_right_padded, self.mask, self.program.placeholder("input_ids"))
         return self._call(rows_by_mask, self.q_positions)
 
     def _erase_dead(self) -> None:
@@ -373,3 +468,19 @@ def _dialect_name(node: fx.Node) -> tuple[str, str]:
     if not isinstance(target, torch._ops.OpOverload):
         return "", ""
     return target.namespace, target._schema.name.split("::")[-1]
+
+
+def fits_grouped_query(site: Site) -> CachedAttention | str:
+    """The cache of an attention that the operator can take over, or why it cannot."""
+    cached = cached_attention(site, "grouped-query")
+    if isinstance(cached, Miss):
+        return cached.reason
+    arguments = site.arguments
+    q, v = arguments["q"].meta["val"], cached.v.meta["val"]
+    if q.shape[3] != v.shape[3]:
+        return f"keys and values differ in width: {q.shape[3]} and {v.shape[3]}"
+    if q.shape[3] % 8:
+        return f"heads are {q.shape[3]} wide, no multiple of 8"
+    if arguments["bias"] is not None:
+        return "its bias is a tensor"
+    return cached

@@ -37,12 +37,20 @@ LONGEST = 2304
 def open_session(path: Path, provider: str = "CPUExecutionProvider") -> Any:
     """A session that keeps the weights mapped: packed copies would need their size once more."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's errors have no common base of their own
         raise VerificationError(f"onnxruntime does not load the file: {error}") from error
+
+
+def run_session(session: Any, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """All outputs. Raises VerificationError where the runtime refuses."""
+    try:
+        return session.run(None, feeds)
+    except Exception as error:
+        raise VerificationError(f"onnxruntime does not run the file: {error}") from error
 
 
 class Decoder:
@@ -65,7 +73,7 @@ class Decoder:
         self.mask = np.concatenate((self.mask, mask), axis=1)
         given = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
         feeds = {name: given[name] for name in self.names if name in given} | self.state
-        found = dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
+        found = dict(zip(self.outputs, run_session(self.session, feeds), strict=True))
         self.state = {s["input"]: found[s["output"]] for s in self.states}
         return found["logits"]
 
@@ -125,7 +133,7 @@ def _check_module(session: Any, metadata: dict[str, Any], program: Program) -> d
         with torch.no_grad():
             expected = scenario.candidate(program, run)
         feeds = {name: scenario.inputs[name].numpy() for name in names}
-        for index, value in enumerate(session.run(None, feeds)):
+        for index, value in enumerate(run_session(session, feeds)):
             error = relative_error(torch.from_numpy(value), expected[index])
             if not error <= limit:
                 raise VerificationError(

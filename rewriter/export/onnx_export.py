@@ -20,6 +20,7 @@ from rewriter.export.directory import permissions
 from rewriter.export.functional import Functional, functional
 from rewriter.export.onnx_check import check_file
 from rewriter.export.onnx_file import FORMAT, KEY, UNSEALED, metadata_text, seal
+from rewriter.export.onnx_fusions import fuse_skip_norms, pack_projections
 from rewriter.export.onnx_graph import (
     count_operators,
     name_ports,
@@ -30,7 +31,6 @@ from rewriter.export.onnx_graph import (
 from rewriter.export.onnx_trace import trace, translate
 from rewriter.export.ports import Port, StatePorts
 from rewriter.optimized import OptimizedModel
-from rewriter.program import Program
 from rewriter.report.json import report_to_json
 
 __all__ = ["PROVIDERS", "OnnxSummary", "export_onnx"]
@@ -98,6 +98,9 @@ def export_onnx(
         model = translate(exported, form.inputs, form.outputs)
         name_ports(model, form.inputs, form.outputs)
         store_transposed(model)
+        if ep != "portable":
+            pack_projections(model)
+            fuse_skip_norms(model)
         strip(model)
     del exported
     metadata = _metadata(optimized, form, model, ep, logits)
