@@ -21,7 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -51,11 +51,11 @@ class Completion(BaseModel):
     stream: bool = False
     stream_options: dict[str, bool] = {}
     user: str | None = None
-    n: int = Field(1, ge=1, le=1)
-    best_of: int = Field(1, ge=1, le=1)
-    echo: bool = Field(False, json_schema_extra={"const": False})
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    presence_penalty: float = Field(0, ge=0, le=0)
+    n: Literal[1] = 1
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
 
     @property
     def prompts(self) -> list[str] | list[Ids]:
@@ -134,8 +134,6 @@ def serve(decoder: OnnxDecoder, name: str, *, waiting: int = 64) -> FastAPI:
     async def completions(body: Completion) -> Any:
         if body.model not in (None, name):
             return _error(404, f"model={body.model!r}; allowed: {name}", "model", "model_not_found")
-        if body.echo:
-            return _error(400, "echo=True; allowed: False", "echo")
         prompts = [decoder.encode(p) if isinstance(p, str) else p for p in body.prompts]
         answer = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion"}
         answer |= {"created": int(time.time()), "model": name}

@@ -7,7 +7,6 @@ from typing import Any
 
 import onnxruntime
 
-from rewriter.deploy.values import filled
 from rewriter.errors import ArtifactError
 
 __all__ = ["Layout", "State", "read_layout"]
@@ -33,11 +32,10 @@ class State:
         """Whether it has an entry for every token."""
         return "past" in self.dims
 
-    def empty(self, batch_size: int, past: int = 0, device: str = "cpu") -> onnxruntime.OrtValue:
-        """A tensor of `fill` with room for `past` tokens."""
+    def shape(self, batch_size: int, past: int) -> list[int]:
+        """Its extents for a batch, with room for `past` tokens."""
         extents = {"batch": batch_size, "past": past}
-        shape = [extents[dim] if isinstance(dim, str) else dim for dim in self.dims]
-        return filled(shape, self.dtype, self.fill, device)
+        return [extents[dim] if isinstance(dim, str) else dim for dim in self.dims]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from rewriter.deploy.layout import Layout, State
-from rewriter.deploy.values import from_bits, read
+from rewriter.deploy.values import enlarged, filled, read
 from rewriter.errors import ConfigError, InputError
 
 __all__ = ["OnnxSession"]
@@ -193,23 +193,18 @@ class OnnxSession:
         """Double the buffers until the tokens fit."""
         if needed <= self._room:
             return
-        old = self._past
         while self._room < needed:
             self._room *= 2
         for index, state in enumerate(self._layout.states):
             if state.growing:
-                self._past[index] = self._grown(state, read(old[index]))
+                old, shape = self._past[index], state.shape(self.batch_size, self._room)
+                self._past[index] = enlarged(old, shape, state.dtype, state.fill, self._device)
                 self._bind(index)
 
-    def _grown(self, state: State, content: Array) -> OrtValue:
-        grown = read(self._empty(state))
-        grown[tuple(slice(extent) for extent in content.shape)] = content
-        if state.dtype == "bfloat16":
-            return from_bits(grown, self._device)
-        return OrtValue.ortvalue_from_numpy(grown, self._device)
-
     def _empty(self, state: State) -> OrtValue:
-        return state.empty(self.batch_size, self._room, self._device)
+        return filled(
+            state.shape(self.batch_size, self._room), state.dtype, state.fill, self._device
+        )
 
     def _in_place(self, index: int) -> bool:
         return self._layout.states[index].growing and self._layout.right_padding
@@ -241,4 +236,4 @@ def _floats(value: OrtValue) -> Array:
     content = read(value)
     if value.data_type() == "tensor(bfloat16)":
         return (content.astype(np.uint32) << 16).view(np.float32)
-    return np.array(content, np.float32)
+    return content.astype(np.float32, copy=False)
