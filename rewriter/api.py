@@ -12,7 +12,8 @@ import passes as table  # the names are looked up late: passes import rewriter f
 from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.engine.spec_text import format_default, parse_spec
-from rewriter.errors import ConfigError, RewriteError, VerificationError
+from rewriter.errors import ArtifactError, ConfigError, RewriteError, VerificationError
+from rewriter.export.formats import artifact_kind
 from rewriter.lowering import Described, Placed, choose_backend
 from rewriter.optimized import OptimizedModel
 from rewriter.program import Program
@@ -189,11 +190,22 @@ def explain(
     return report
 
 
-def load(directory: str | Path) -> OptimizedModel:
-    """Read what `OptimizedModel.save` wrote. Raises ArtifactError when it is missing or damaged."""
+def load(path: str | Path) -> OptimizedModel:
+    """Read what `OptimizedModel.save` wrote, or a `.pt2` of `OptimizedModel.export`.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of another kind.
+    """
+    kind = artifact_kind(Path(path))
+    if kind == "pt2":
+        from rewriter.export.pt2_model import load_pt2
+
+        return load_pt2(path)
+    if kind == "onnx":
+        raise ArtifactError(f"{path} is for ONNX Runtime: use rewriter.deploy.OnnxDecoder")
     from rewriter.export.artifact import load_optimized
 
-    return load_optimized(Path(directory))
+    return load_optimized(Path(path))
 
 
 @undisturbed()

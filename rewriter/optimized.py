@@ -121,6 +121,30 @@ class OptimizedModel(nn.Module):
 
         save_optimized(self, Path(directory))
 
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write an artifact that runs without this process, checked beside this program first.
+
+        Args:
+            path: "m.pt2" for AOTInductor, "m.onnx" for ONNX Runtime (weights in "m.onnx.data"), any
+                other name for a directory with `model.onnx`, configuration and tokenizer.
+            options: by name. Of ONNX: `ep` ("portable", "cpu" or "cuda"), `logits` ("last" or "all"),
+                `dtype`. Of .pt2: `target`, `batch`, `portable`. Of both: `max_length`. As of
+                `rewriter.export.onnx_export.export_onnx` and `rewriter.export.pt2.export_pt2`;
+                `on_stage` is called with the name of each stage as it starts.
+
+        Returns:
+            what was written: sizes, operators, seconds.
+
+        Raises:
+            ConfigError: an option that the format does not have, or a wrong value.
+            ExportError: a part of the program that the format cannot express.
+            VerificationError: the artifact computes something else; nothing is left behind.
+            ArtifactError: the place cannot be written.
+        """
+        from rewriter.export.formats import export_optimized
+
+        return export_optimized(self, Path(path), **options)
+
     @property
     def _reads_tokens(self) -> bool:
         program = self.program

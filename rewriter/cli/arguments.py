@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rewriter.errors import ConfigError
 
-__all__ = ["check_file", "examples", "parse_ids"]
+__all__ = ["check_file", "examples", "parse_dtype", "parse_ids"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_file(path: Path, field: str = "html") -> None:
@@ -47,3 +49,10 @@ def parse_ids(text: str | None) -> list[int] | None:
     if not parts or not all(part.isdecimal() for part in parts):
         raise ConfigError("prompt-ids", text, "token ids, e.g. '1 2 3'")
     return [int(part) for part in parts]
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """A dtype by its name; None stays None. Raises ConfigError."""
+    if text is not None and text not in DTYPES:
+        raise ConfigError("dtype", text, f"one of {', '.join(DTYPES)}")
+    return None if text is None else DTYPES[text]

@@ -9,8 +9,9 @@ import typer
 
 from rewriter.cli.arguments import check_file, examples, parse_ids
 from rewriter.cli.console import guarded, out, stages, write_json
-from rewriter.cli.generation import Sampling, generate_text
+from rewriter.cli.generation import Sampling, generate_text, generate_with_onnx
 from rewriter.errors import ConfigError
+from rewriter.export.formats import artifact_kind
 
 __all__ = ["app", "main"]
 
@@ -129,7 +130,7 @@ def explain(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="a model, or a directory that `optimize -o` saved")],
+    model: Annotated[str, typer.Argument(help="a model, or what `optimize -o` or `export` wrote")],
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(help="token ids to continue, e.g. '1 2 3'")
@@ -149,6 +150,10 @@ def generate(
             raise ConfigError("prompt", prompt, "exactly one of --prompt and --prompt-ids")
         sampling = Sampling(temperature, top_k, top_p, seed)
         ids = parse_ids(prompt_ids)
+        if artifact_kind(Path(model)) == "onnx":
+            _refuse_passes(passes)
+            generate_with_onnx(Path(model), prompt, ids, max_new_tokens, sampling, as_json)
+            return
         with stages() as on_stage:
             optimized = _optimized_or_saved(model, passes, on_stage)
         generate_text(optimized, prompt, ids, max_new_tokens, sampling, as_json)
@@ -156,7 +161,7 @@ def generate(
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="a directory that `optimize -o` saved")],
+    artifact: Annotated[Path, typer.Argument(help="what `optimize -o` or `export` wrote")],
     model: Annotated[
         str | None, typer.Argument(help="the model it came from, to compare with")
     ] = None,
@@ -164,28 +169,78 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check a saved program on this machine: its files, and its outputs against the model's.
+    """Check an artifact on this machine: its files, and its outputs against the model's.
 
     Without MODEL it is compared with itself, fed in one call and token by token.
     """
     with guarded(debug):
-        from rewriter.api import load, verify_against
+        from rewriter.cli.artifacts import verify_artifact
 
         with stages() as on_stage:
-            on_stage("load")
-            optimized = load(artifact)
-            on_stage("compare")
-            metrics = verify_against(optimized, model, examples(input_shape))
-        statuses = [c.status for c in optimized.report.certificates]
+            metrics, report = verify_artifact(artifact, model, examples(input_shape), on_stage)
         if as_json:
+            statuses = [c.status for c in report.certificates]
             found = {"artifact": str(artifact), "model": model, "metrics": metrics}
             write_json(found | {"unverified": statuses.count("unverified")})
             return
-        out.print(str(optimized.report), markup=False)
+        out.print(str(report), markup=False)
         against = model or "itself, fed token by token"
         out.print(f"\n{artifact}: files are intact; compared with {against}", markup=False)
         for name, value in metrics.items():
             out.print(f"  {name}  {value:.3g}", markup=False)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a model, or a directory that `optimize -o` saved")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="FILE.onnx, FILE.pt2, or a directory for ONNX")
+    ],
+    passes: Passes = None,
+    ep: Annotated[
+        str, typer.Option(help="ONNX: portable, or operators of ONNX Runtime's cpu or cuda")
+    ] = "portable",
+    target: Annotated[str, typer.Option(help=".pt2: cpu or cuda:sm_90 and the like")] = "cpu",
+    portable: Annotated[
+        bool, typer.Option(help=".pt2: AOTInductor's code alone, no C++ decode steps")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens of the longest sequence")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help=".pt2: rows of a batch")] = None,
+    logits: Annotated[str, typer.Option(help="ONNX: of the last token, or all")] = "last",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as it was saved")
+    ] = None,
+    input_shape: Shape = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Optimise a model and write it for ONNX Runtime or AOTInductor, checked beside the program."""
+    with guarded(debug):
+        from rewriter.cli.export import export_model, show_export
+
+        options = {"ep": ep, "target": target, "portable": portable, "logits": logits}
+        options |= {"max_length": max_length, "batch": batch}
+        with stages() as on_stage:
+            summary = export_model(
+                model, output, passes, dtype, options, examples(input_shape), on_stage
+            )
+        write_json(summary) if as_json else show_export(summary)
+
+
+@app.command()
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="what `optimize -o` or `export` wrote")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the passes, state, operators and versions of an artifact, once its hashes were checked."""
+    with guarded(debug):
+        from rewriter.cli.artifacts import inspect_artifact, show_artifact
+
+        facts = inspect_artifact(artifact)
+        write_json(facts) if as_json else show_artifact(facts)
 
 
 @app.command()
@@ -296,14 +351,17 @@ def kernels(
 def _optimized_or_saved(model: str, passes: list[str] | None, on_stage: Any) -> Any:
     from rewriter.api import load
     from rewriter.api import optimize as run
-    from rewriter.export.artifact import is_artifact
 
-    if is_artifact(Path(model)):
-        if passes:
-            raise ConfigError("passes", passes, "none: a saved program has its passes already")
+    if artifact_kind(Path(model)) is not None:
+        _refuse_passes(passes)
         on_stage("load")
         return load(model)
     return run(model, passes=passes or "default", on_stage=on_stage)
+
+
+def _refuse_passes(passes: list[str] | None) -> None:
+    if passes:
+        raise ConfigError("passes", passes, "none: an artifact has its passes already")
 
 
 def _show_report(report: Any, html: Path | None, as_json: bool) -> None:

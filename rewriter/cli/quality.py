@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
+from rewriter.cli.arguments import parse_dtype
 from rewriter.cli.console import out
 from rewriter.errors import ConfigError, ModelError
 from rewriter.quality.bootstrap import Interval
@@ -45,9 +45,6 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def load_with_tokenizer(directory: str, dtype: str | None) -> tuple[Any, Any]:
     """Model, in `dtype` or as it was saved, and tokenizer of a Hugging Face directory.
 
@@ -58,9 +55,8 @@ def load_with_tokenizer(directory: str, dtype: str | None) -> tuple[Any, Any]:
 
     from rewriter.capture.sources import load_model
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError("dtype", dtype, f"one of {', '.join(DTYPES)}")
-    model = load_model(directory).to(DTYPES.get(dtype or ""))
+    wanted = parse_dtype(dtype)
+    model = load_model(directory).to(wanted)
     if not Path(directory).is_dir():
         raise ModelError(f"{directory} has no tokenizer; quality needs a Hugging Face directory")
     try:
