@@ -50,7 +50,9 @@ from rewriter.report.json import report_from_json, report_to_json
 from rewriter.report.report import Report
 
 __all__ = [
+    "DAMAGE",
     "check_target",
+    "copy_tokenizer",
     "distinct_weights",
     "is_artifact",
     "load_optimized",
@@ -74,7 +76,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError)
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError)
 """What reading JSON of another shape than ours can raise."""
 
 
@@ -106,7 +108,7 @@ def _write(optimized: OptimizedModel, directory: Path) -> None:
     for name, values in ((CONFIG, optimized.config), (GENERATION, optimized.generation_config)):
         if values is not None:
             write_json(directory / name, values)
-    _copy_tokenizer(optimized.source_directory, directory)
+    copy_tokenizer(optimized.source_directory, directory)
     write_manifest(directory)
 
 
@@ -123,7 +125,7 @@ def program_to_json(program: Program, aliases: dict[str, dict[str, Any]]) -> dic
     }
 
 
-def _copy_tokenizer(source: Path | None, directory: Path) -> None:
+def copy_tokenizer(source: Path | None, directory: Path) -> None:
     if source is None:
         return
     for name in TOKENIZER_FILES:
@@ -179,7 +181,7 @@ def load_optimized(directory: Path) -> OptimizedModel:
     try:
         program = program_from_json(stored, tensors)
         backend = stored["backend"]
-    except (ArtifactError, *_DAMAGE) as error:
+    except (ArtifactError, *DAMAGE) as error:
         raise _damaged(directory / PROGRAM, error) from error
     if backend not in BACKENDS:
         raise ArtifactError(f"{directory / PROGRAM} names the backend {backend!r}")
