@@ -131,6 +131,8 @@ class OnnxSession:
         return ids, real
 
     def _check_limits(self, real: Array) -> None:
+        if not real.any():
+            raise InputError("attention_mask has no token; allowed: 1 or more")
         longest = int((self.lengths + real.sum(axis=1)).max())
         limit = self._layout.max_positions
         if limit is not None and longest > limit:

@@ -13,8 +13,8 @@ __all__ = ["TOKENIZER", "StopText", "TextStream", "read_tokenizer"]
 
 TOKENIZER = "tokenizer.json"
 UNKNOWN = "\ufffd"
-HELD = 3
-"""Most replacement characters that bytes of an unfinished character can show as."""
+UNFINISHED = 3
+"""Most tokens that a character can still be waiting for the rest of it."""
 WINDOW = 24
 """Tokens that are decoded again for each new one, before those in front are let go."""
 CONTEXT = 8
@@ -46,13 +46,17 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._shown = 0  # characters of the text of `_ids`
+        self._waiting = 0  # tokens since the text last ended with a whole character
 
     def push(self, token: int) -> str:
         """The text that one more token makes certain; often "" inside of a character."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         held = len(text) - len(text.rstrip(UNKNOWN))
-        piece = text[self._shown : len(text) - min(held, HELD)]
+        self._waiting = self._waiting + 1 if held else 0
+        if self._waiting > UNFINISHED:  # what is older is no part of a character
+            held = min(held, UNFINISHED)
+        piece = text[self._shown : len(text) - held]
         self._shown += len(piece)
         if not held and len(self._ids) > WINDOW:
             self._forget(text)
