@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rewriter.cli.console import OnStage, out
 from rewriter.errors import ArtifactError, VerificationError
@@ -117,6 +118,7 @@ def _verify_onnx(
 ) -> tuple[dict[str, float], Report]:
     """Beside the model with the artifact's passes applied, which is itself verified on the way."""
     from rewriter.api import optimize
+    from rewriter.capture.sources import load_model
     from rewriter.export.onnx_check import check_file
     from rewriter.export.onnx_export import PROVIDERS
     from rewriter.export.onnx_file import open_onnx
@@ -127,12 +129,18 @@ def _verify_onnx(
     if model is None:
         on_stage("compare")
         return _with_itself(path), report
-    specs = file.metadata["passes"]
-    optimized = optimize(model, example_inputs, passes=specs, backend="eager", on_stage=on_stage)
+    given, specs = load_model(model).to(_dtype(file.metadata)), file.metadata["passes"]
+    optimized = optimize(given, example_inputs, passes=specs, backend="eager", on_stage=on_stage)
     on_stage("compare")
     provider = PROVIDERS[file.metadata["ep"]]
     found = check_file(file.model_path, file.metadata, optimized.program, provider)
     return found | optimized.report.end_to_end, report
+
+
+def _dtype(metadata: dict[str, Any]) -> torch.dtype:
+    """That the file was exported in: of its keys and values, or of a module's outputs."""
+    cached = [s["dtype"] for s in metadata["states"] if s["role"] in ("keys", "values")]
+    return getattr(torch, (cached or [metadata["outputs"][0]["dtype"]])[0])
 
 
 def _with_itself(path: Path) -> dict[str, float]:

@@ -84,6 +84,8 @@ def show_export(summary: dict[str, Any]) -> None:
         out.print(f"  undone  {line}", markup=False)
     for line, count in summary["missed"].items():
         out.print(f"  missed  {count:4} {line}", markup=False)
+    for line in summary.get("notes", ()):
+        out.print(f"  note  {line}", markup=False)
     if "agreement" in summary:
         found = summary["agreement"]
         told = ", ".join(f"{name} {value:.3g}" for name, value in found.items())

@@ -86,14 +86,14 @@ def generate_with_onnx(
     as_json: bool,
 ) -> None:
     """The same with an ONNX artifact, in ONNX Runtime; without a tokenizer, ids are shown."""
-    from rewriter import deploy
+    from rewriter.deploy import OnnxDecoder
 
-    decoder = deploy.OnnxDecoder(path)
+    decoder = OnnxDecoder(path)
     given = decoder.encode(prompt) if prompt is not None else prompt_ids or []
-    chosen = deploy.Sampling(**vars(sampling))
     start = time.perf_counter()
-    new, text = list[int](), ""
-    for piece in decoder.stream(given, max_new_tokens, sampling=chosen):
+    new: list[int] = []
+    text = ""
+    for piece in decoder.stream(given, max_new_tokens=max_new_tokens, **vars(sampling)):
         new += piece.ids
         text += piece.text
         if not as_json:

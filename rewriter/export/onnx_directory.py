@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rewriter.errors import ArtifactError
+from rewriter.deploy.genai import GENAI_CONFIG, genai_config
+from rewriter.errors import ArtifactError, ExportError
 from rewriter.export.artifact import CONFIG, GENERATION, copy_tokenizer
 from rewriter.export.directory import check_target, replaced, write_json, write_manifest
-from rewriter.export.genai import GENAI_CONFIG, genai_config
 from rewriter.export.onnx_export import OnnxSummary, export_onnx
 from rewriter.export.onnx_file import MODEL, open_onnx
 from rewriter.optimized import OptimizedModel
@@ -46,12 +46,20 @@ def export_directory(
                 if values is not None:
                     write_json(place / name, values)
             copy_tokenizer(optimized.source_directory, place)
-            settings = genai_config(open_onnx(place, check_data=False).metadata, place)
-            if settings is not None:
-                write_json(place / GENAI_CONFIG, settings)
+            notes = _write_genai(open_onnx(place, check_data=False).metadata, place)
             if on_stage is not None:
                 on_stage("hash")
             write_manifest(place)
     except OSError as error:
         raise ArtifactError(f"{directory} cannot be written: {error.strerror or error}") from error
-    return dataclasses.replace(summary, path=directory)
+    return dataclasses.replace(summary, path=directory, notes=(*summary.notes, *notes))
+
+
+def _write_genai(metadata: dict[str, Any], directory: Path) -> tuple[str, ...]:
+    """Write `genai_config.json`; a note where onnxruntime-genai cannot run the model."""
+    try:
+        settings = genai_config(metadata)
+    except ExportError as error:
+        return (f"not for onnxruntime-genai: {error}",)
+    write_json(directory / GENAI_CONFIG, settings)
+    return ()
