@@ -104,23 +104,25 @@ inline void dot_rows(const W* const (&rows)[R], const W* const (&next)[R], const
         }
 }
 
-// emit(i, m, value) for i of begin .. end in rising order, where row i begins at row_at(i).
+// emit(i, m, value) for i of begin .. end in rising order, where row i begins at row_at(i). Behind `end` the
+// rows from `later` on are asked for, as far as there are some before `last`.
 template <int R, int M, typename RowAt, typename Emit>
 inline void sweep_rows(int64_t begin, int64_t end, RowAt&& row_at, const float* x, int64_t x_stride,
-                       int64_t columns, Emit&& emit) {
+                       int64_t columns, Emit&& emit, int64_t later = 0, int64_t last = 0) {
     int64_t i = begin;
     for (; i + R <= end; i += R) {
         decltype(row_at(i)) rows[R], next[R];
         for (int r = 0; r < R; ++r) {
+            int64_t ahead = i + R + r < end ? i + R + r : later + (i + R + r - end);
             rows[r] = row_at(i + r);
-            next[r] = row_at(i + R + r < end ? i + R + r : end - 1);
+            next[r] = row_at(ahead < last ? ahead : end - 1);
         }
         float sums[R][M];
         dot_rows<R, M>(rows, next, x, x_stride, columns, sums);
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) emit(i + r, m, sums[r][m]);
     }
-    if constexpr (R > 1) sweep_rows<R / 2, M>(i, end, row_at, x, x_stride, columns, emit);
+    if constexpr (R > 1) sweep_rows<R / 2, M>(i, end, row_at, x, x_stride, columns, emit, later, last);
 }
 
 // wide [vectors, columns] = x in fp32; a phase of its own for activations that are narrower.
@@ -134,9 +136,10 @@ inline void widen(const T* x, int64_t stride, float* wide, int64_t vectors, int6
 
 // out(row, m, w[row] . x[m]) for M vectors x [M, columns]; w [rows, columns], both with a stride of rows.
 // More than two vectors do not stay in the first cache, so 64 rows at a time meet a part of the columns.
+// Where work is claimed in shares, `others` of them go to other threads before this one has its next.
 template <int M, typename W, typename Out>
 inline void gemm_rows(const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t rows,
-                      int64_t columns, Out&& out, int thread, int num_threads) {
+                      int64_t columns, Out&& out, int thread, int num_threads, int others = 0) {
     constexpr int R = rows_per_block(M);
     Range mine = share(rows, thread, num_threads, R);
     // GCC 12 makes one group of stores to out[m * rows + row] for several m, and writes back what it read
@@ -147,7 +150,8 @@ inline void gemm_rows(const W* w, int64_t stride, const float* x, int64_t x_stri
     };
     if constexpr (M <= 2) {
         auto row_at = [&](int64_t i) { return w + i * stride; };
-        sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, apart);
+        int64_t later = mine.end + others * (mine.end - mine.begin), last = others > 0 ? rows : 0;
+        sweep_rows<R, M>(mine.begin, mine.end, row_at, x, x_stride, columns, apart, later, last);
     } else {
         constexpr int64_t PANEL = 64, PART = 8192 / M / 64 * 64;
         for (int64_t first = mine.begin; first < mine.end; first += PANEL) {

@@ -240,8 +240,10 @@ class _ExportCall:
         self._view, self._dtype = view, export.dtype
 
     def run(self, values: dict[str, Any]) -> Tensor:
-        """The tensor."""
-        return self._view.to(self._dtype, copy=True)
+        """The tensor. What was read meanwhile has pushed this code out of the caches: a plain clone is
+        the least of it."""
+        view = self._view
+        return view.clone() if view.dtype == self._dtype else view.to(self._dtype)
 
 
 class _NodeCall:

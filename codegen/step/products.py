@@ -48,6 +48,7 @@ class _Matrix:
         self.rows, self.columns = self.weight.fixed_shape
         self.stride = self.weight.strides[0]
         self.bias = None if bias is None else plan.contiguous(bias)
+        self.others = plan.threads - 1
 
     def operands(self, parameters: Parameters) -> tuple[str, str]:
         """Its pointer, and C++ of the finished product from `{0}`, at output `row`."""
@@ -69,7 +70,7 @@ class _Matrix:
         return (
             f"rw::gemm_rows<{m}>({pointer}, {self.stride}, {x}, {self.columns}, {self.rows},"
             f" {self.columns}, [&](int64_t row, int m, float value) {{\n{body}\n"
-            f"}}, thread, num_threads);"
+            f"}}, thread, num_threads, {self.others});"
         )
 
 

@@ -12,6 +12,8 @@ from rewriter.errors import InputError
 __all__ = ["check_tokens", "new_columns", "new_positions"]
 
 INTEGERS = (torch.int64, torch.int32)
+FEW = 16
+"""Tokens that are listed to look at them."""
 
 
 def check_tokens(input_ids: Any, batch_size: int | None, vocab_size: int | None) -> None:
@@ -31,10 +33,19 @@ def check_tokens(input_ids: Any, batch_size: int | None, vocab_size: int | None)
         raise InputError(f"input_ids has shape {shape}; allowed: [{rows}, 1 or more]")
     if vocab_size is None or input_ids.device.type != "cpu":
         return
-    lowest, highest = (int(bound) for bound in input_ids.aminmax())
+    lowest, highest = _bounds(input_ids)
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise InputError(f"input_ids has the token {wrong}; allowed: 0 to {vocab_size - 1}")
+
+
+def _bounds(ids: Tensor) -> tuple[int, int]:
+    """The least and the largest; of a decode step with one operator, as every one of them counts there."""
+    if ids.numel() <= FEW:
+        listed = [token for row in ids.tolist() for token in row]
+        return min(listed), max(listed)
+    lowest, highest = ids.aminmax()
+    return int(lowest), int(highest)
 
 
 def new_columns(attention_mask: Any, batch_size: int, q_len: int) -> Tensor | None:

@@ -265,9 +265,8 @@ class Session:
     def _place(self, q_len: int, positions: Tensor | None) -> dict[str, Tensor | None]:
         """The position inputs of a call, moving the rows' positions on."""
         if positions is None:
-            row = torch.arange(self._next, self._next + q_len, device=self._device)
+            row = self._counting_on(q_len)
             self._next += q_len
-            row = row.unsqueeze(0).expand(self.batch_size, -1)
             given = row if self._decoding.requires_positions else None
             return {"position_ids": row, "q_positions": given, "k_positions": None}
         self._true = torch.maximum(self.true_positions, positions.amax(1) + 1)
@@ -277,6 +276,13 @@ class Session:
             "q_positions": positions,
             "k_positions": self._keep_positions(positions),
         }
+
+    def _counting_on(self, q_len: int) -> Tensor:
+        """The next positions [batch_size, q_len]; one operator where a token takes few."""
+        if q_len == 1:
+            return torch.full((self.batch_size, 1), self._next, device=self._device)
+        row = torch.arange(self._next, self._next + q_len, device=self._device)
+        return row.unsqueeze(0).expand(self.batch_size, -1)
 
     def _keep_positions(self, positions: Tensor) -> Tensor | None:
         """Positions of all entries, the new ones written behind the kept ones."""
