@@ -2,6 +2,7 @@
 
     python benchmarks/whole_model.py --shape 110m --dtype float32 --peers-python PEERS/bin/python
     python benchmarks/whole_model.py --shape 1b --dtype int8 --contexts 128,2048 --threads 2
+    python benchmarks/whole_model.py --shape 110m --only "rewriter cpu" --profile
 
 The weights are random, the same for all: `110m`, `110m-gqa` (4 KV heads), or `1b` (the shape of
 Llama 3.2 1B with its 128,256 tokens); the embeddings are tied. Every candidate runs in a process of
@@ -47,7 +48,7 @@ from peers.agreement import agreement
 from peers.candidates import CANDIDATES, REFERENCE, Candidate
 from peers.client import Client, Failed, room_for_more
 from peers.llama import SHAPES, write_model
-from peers.outcome import Outcome, Timed, as_dict, table
+from peers.outcome import Outcome, Timed, as_dict, phase_table, table
 from rich.console import Console
 from timing import Samples, machine, save_result, timed
 from torch import Tensor
@@ -86,7 +87,8 @@ class Run:
     def tokens(self, context: int) -> list[int]:
         """A prompt of `context` tokens, those that are checked, and those that are timed."""
         a = self.arguments
-        count = context + CHECKED_STEPS + a.rounds * (UNTIMED + a.steps)
+        turns = a.rounds + a.profile
+        count = context + CHECKED_STEPS + turns * (UNTIMED + a.steps)
         generator = torch.Generator().manual_seed(context)
         vocab_size = SHAPES[a.shape].vocab_size
         return torch.randint(3, vocab_size, (count,), generator=generator).tolist()
@@ -121,6 +123,9 @@ def main() -> int:
     for context in arguments.contexts:
         title = f"{arguments.shape} {arguments.dtype}, {context} tokens of context, ms per token"
         console.print(table(outcomes, context, title))
+        for outcome in outcomes:
+            if context in outcome.contexts and (times := outcome.contexts[context]).phases:
+                console.print(phase_table(times, f"{outcome.candidate.name}, {context} tokens"))
     for outcome in outcomes:
         if outcome.status != "timed":
             console.print(f"{outcome.candidate.name}: {outcome.status}: {outcome.reason}")
@@ -150,6 +155,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=_names, metavar="NAME,...", help="candidates by name")
     parser.add_argument(
         "--peers-python", default=sys.executable, help="interpreter of other runtimes"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="where steps of `cpu` spend their time"
     )
     parser.add_argument("--work-dir", default=str(Path(tempfile.gettempdir()) / "whole-model"))
     parser.add_argument("--json", default="", help="print the result instead of storing it: -")
@@ -282,6 +290,9 @@ def _measure(run: Run, runners: list[Runner], context: int, reference: np.ndarra
     for runner in racing:
         if runner.outcome.status != "timed":
             runner.outcome.contexts.clear()
+        elif run.arguments.profile and runner.outcome.candidate.options.get("backend") == "cpu":
+            reply = runner.client.call("profile", tokens=tokens[-turn:])
+            runner.outcome.contexts[context].phases = reply["phases"]
 
 
 def _check(run: Run, runner: Runner, context: int, reference: np.ndarray) -> None:

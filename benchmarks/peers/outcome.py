@@ -14,7 +14,7 @@ from timing import Samples
 from peers.agreement import Agreement
 from peers.candidates import Candidate
 
-__all__ = ["Outcome", "Timed", "as_dict", "table"]
+__all__ = ["Outcome", "Timed", "as_dict", "phase_table", "table"]
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Timed:
     prefill_ms: float
     bytes_per_token: int
     floor_ms: float = float("nan")
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -123,4 +124,26 @@ def _times(times: Timed, outcomes: Sequence[Outcome], context: int) -> dict[str,
         "min_over_floor": samples.least / times.floor_ms,
         "p50_over_best_peer": samples.p50 / best if best else None,
         "agreement": dataclasses.asdict(times.agreement),
+        **({"phases": times.phases} if times.phases else {}),
     }
+
+
+def phase_table(times: Timed, title: str) -> Table:
+    """Where a step's time goes, at what bandwidth, and what part of the floor its bytes are."""
+    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    result.add_column("phase", no_wrap=True)
+    for header in ("calls", "ms", "waiting", "MB", "GB/s", "of the step", "of the floor"):
+        result.add_column(header, justify="right", no_wrap=True)
+    whole = sum(phase["ms"] for phase in times.phases)
+    for phase in times.phases:
+        read, ms = phase["bytes"], phase["ms"]
+        speed = f"{read / ms / 1e6:.1f}" if read and ms else "-"
+        shares = (f"{ms / whole:.1%}", f"{read / times.bytes_per_token:.1%}")
+        cells = (
+            str(phase["calls"]),
+            f"{ms:.3f}",
+            f"{phase['waiting_ms']:.3f}",
+            f"{read / 1e6:.1f}",
+        )
+        result.add_row(phase["phase"], *cells, speed, *shares)
+    return result

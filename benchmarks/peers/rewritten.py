@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 
 import rewriter
+from codegen.step import NativeStep
+from codegen.step.profile import PhaseTime, profiled
 from peers.hugging_face import llama_facts, read_model
 from peers.peer import Facts, Unavailable
+from rewriter.decoding.state import Session
 from rewriter.errors import ConfigError
 from rewriter.program import Program
 
@@ -47,6 +51,49 @@ class Rewritten:
 
     def step(self, token: int) -> Any:
         return self._session.run(torch.tensor([[token]]), logits_to_keep=1)[0, -1]
+
+    def profile(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
+        """Where a step's time goes, phases of one kind together. Raises Unavailable without C++."""
+        native = self._optimized.run
+        if not isinstance(native, NativeStep):
+            raise Unavailable("only steps of the cpu backend are profiled")
+        with profiled(native) as profile:
+            self.step(tokens[0])  # the text with clocks is compiled, its memory touched
+            profile.restart()
+            start = time.perf_counter()
+            for token in tokens[1:]:
+                self.step(token)
+            steps = len(tokens) - 1
+            ms = (time.perf_counter() - start) * 1e3 / steps
+            phases = profile.phases(steps, _state_bytes(self._session))
+        return _by_kind(phases, ms)
+
+
+def _state_bytes(session: Session) -> dict[str, float]:
+    """Of each state, what is filled."""
+    specs = session.program.decoding
+    assert specs is not None
+    filled = dict[str, float]()
+    for spec in specs.states:
+        tensor = session._state[spec.name]
+        rows = 1 if spec.bounded else tensor.shape[spec.dims.index("capacity")]
+        filled[spec.name] = tensor.nbytes * (1 if spec.bounded else session.entries / rows)
+    return filled
+
+
+def _by_kind(phases: Sequence[PhaseTime], ms: float) -> list[dict[str, Any]]:
+    """Longest first; `outside` is what a step takes around its C++."""
+    kinds = dict[str, dict[str, Any]]()
+    for phase in phases:
+        kind = kinds.setdefault(phase.name, {"calls": 0, "ms": 0.0, "waiting_ms": 0.0, "bytes": 0})
+        kind["calls"] += 1
+        kind["ms"] += phase.ms
+        kind["waiting_ms"] += phase.waiting_ms
+        kind["bytes"] += round(phase.bytes)
+    outside = ms - sum(kind["ms"] for kind in kinds.values())
+    kinds["outside"] = {"calls": 1, "ms": outside, "waiting_ms": 0.0, "bytes": 0}
+    ordered = sorted(kinds.items(), key=lambda item: -item[1]["ms"])
+    return [{"phase": name, **kind} for name, kind in ordered]
 
 
 def _weight_bytes(program: Program) -> int:

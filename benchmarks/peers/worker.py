@@ -7,6 +7,7 @@ be stopped while another has its turn. Requests and replies are one line of JSON
     load     module model_dir dtype threads options     -> facts
     prefill  tokens capacity logits                     -> ms
     step     tokens untimed logits                      -> ms of each token but the first `untimed`
+    profile  tokens                                     -> phases of a step, and what each takes
 
 `logits` is "" or a .npy file to write, [tokens, vocab_size] fp32 (one row for a prefill). A reply with
 `unavailable` or `error` tells why there is no other. Whatever libraries print goes to standard error.
@@ -102,6 +103,12 @@ class Worker:
         if logits:
             np.save(logits, np.stack(rows))
         return {"ms": ms[untimed:]}
+
+    def profile(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Where the time of a step goes, of candidates that can tell."""
+        if not hasattr(self.peer, "profile"):
+            raise Unavailable("it cannot tell where its time goes")
+        return {"phases": self.peer.profile(tokens)}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _numbers(row: Any) -> np.ndarray:

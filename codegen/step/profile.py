@@ -68,6 +68,12 @@ class Profile:
     def __init__(self, timed: list[tuple[CompiledStep, list[_Phase]]]) -> None:
         self._timed = timed
 
+    def restart(self) -> None:
+        """Forget what was recorded so far."""
+        for step, _ in self._timed:
+            times = _times(step)
+            ctypes.memset(step.library.step_times(), 0, times.nbytes)
+
     def phases(self, steps: int, state_bytes: Mapping[str, float]) -> list[PhaseTime]:
         """In the order of the step that ran.
 
