@@ -12,6 +12,18 @@ from rewriter.export.onnx_file import KEY, UNSEALED, metadata_text, seal
 
 VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 40, 64, 4, 2, 16, 96
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
+CONSTANTS = {
+    "zero": [0],
+    "one": [1],
+    "two": [2],
+    "never": [POSITIONS],
+    "axes12": [1, 2],
+    "axes13": [1, 3],
+    "split": [0, 0, HEADS, HEAD_DIM],
+    "merged": [0, 0, WIDTH],
+    "zero_scalar": 0,
+    "one_scalar": 1,
+}
 OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
 
 
@@ -75,6 +87,66 @@ def _selected(logits):
     ]
 
 
+def write_portable(directory, **changes):
+    """Attention of standard operators: state that grows, padding wherever the mask says so."""
+    random = np.random.default_rng(2)
+    weights = {
+        "embedding": random.standard_normal((VOCAB, WIDTH)),
+        "places": random.standard_normal((POSITIONS, WIDTH)),
+        **{f"w{name}": random.standard_normal((WIDTH, WIDTH)) / 3 for name in "qkv"},
+        "wo": random.standard_normal((WIDTH, VOCAB)) / 3,
+    }
+    node = helper.make_node
+    nodes = [
+        node("Shape", ["input_ids"], ["q_len"], start=1, end=2),
+        node("Shape", ["attention_mask"], ["total"], start=1, end=2),
+        node("Sub", ["total", "q_len"], ["past"]),
+        node("Slice", ["attention_mask", "past", "total", "one"], ["new"]),
+        node("CumSum", ["attention_mask", "one"], ["counts"]),
+        node("Sub", ["counts", "one"], ["counted"]),
+        node("Slice", ["counted", "past", "total", "one"], ["q_counted"]),
+        node("Max", ["q_counted", "zero"], ["q_positions"]),
+        node("Cast", ["attention_mask"], ["shown"], to=TensorProto.BOOL),
+        node("Where", ["shown", "counted", "never"], ["k_positions"]),
+        node("Unsqueeze", ["k_positions", "axes12"], ["k_row"]),
+        node("Unsqueeze", ["q_positions", "axes13"], ["q_column"]),
+        node("LessOrEqual", ["k_row", "q_column"], ["visible"]),
+        node("Gather", ["embedding", "input_ids"], ["token"]),
+        node("Gather", ["places", "q_positions"], ["place"]),
+        node("Add", ["token", "place"], ["x"]),
+        *(part for name in "qkv" for part in _heads(name)),
+        node(
+            "Attention",
+            ["q4", "k4", "v4", "visible", "past_key_values.0.key", "past_key_values.0.value"],
+            ["attended4", "present.0.key", "present.0.value"],
+        ),
+        node("Transpose", ["attended4"], ["attended_bshd"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["attended_bshd", "merged"], ["attended"]),
+        node("Add", ["x", "attended"], ["hidden"]),
+        node("Squeeze", ["q_len"], ["q_scalar"]),
+        node("Range", ["zero_scalar", "q_scalar", "one_scalar"], ["columns"]),
+        node("Mul", ["new", "columns"], ["real_columns"]),
+        node("ReduceMax", ["real_columns", "one"], ["column"]),
+        node("GatherND", ["hidden", "column"], ["row"], batch_dims=1),
+        node("Unsqueeze", ["row", "one"], ["selected"]),
+        node("MatMul", ["selected", "wo"], ["logits"]),
+    ]
+    dims = ["batch", HEADS, "past", HEAD_DIM]
+    states = [_state(f"layer0_{r}s", f"0.{r}", dims) for r in ("key", "value")]
+    feeds = [("input_ids", ["batch", "q_len"]), ("attention_mask", ["batch", "total_len"])]
+    known = {"padding": "any", "logits": "last", "max_positions": POSITIONS} | changes
+    return _write(directory, nodes, weights, feeds, states, known)
+
+
+def _heads(name):
+    """[batch, q_len, width] as [batch, heads, q_len, head_dim]."""
+    return [
+        helper.make_node("MatMul", ["x", f"w{name}"], [name]),
+        helper.make_node("Reshape", [name, "split"], [f"{name}_bshd"]),
+        helper.make_node("Transpose", [f"{name}_bshd"], [f"{name}4"], perm=[0, 2, 1, 3]),
+    ]
+
+
 def write_bounded(directory, **changes):
     """Logits of a sum over all embeddings, each weighted by its position: state of fixed size."""
     random = np.random.default_rng(1)
@@ -108,7 +180,7 @@ def _state(name, port, dims):
 
 
 def _write(directory, nodes, weights, feeds, states, changes):
-    constants = {"one": np.array([1], np.int64), "two": np.array([2], np.int64)}
+    constants = {name: np.array(value, np.int64) for name, value in CONSTANTS.items()}
     arrays = {name: value.astype(np.float32) for name, value in weights.items()} | constants
     used = {name for node in nodes for name in node.input}
     initializers = [numpy_helper.from_array(a, n) for n, a in arrays.items() if n in used]

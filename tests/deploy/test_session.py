@@ -7,7 +7,7 @@ import pytest
 
 from rewriter.deploy import OnnxDecoder
 from rewriter.errors import ConfigError, InputError
-from tests.deploy.small_decoders import POSITIONS, VOCAB, write_bounded, write_gqa
+from tests.deploy.small_decoders import POSITIONS, VOCAB, write_bounded, write_gqa, write_portable
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 """fp32 products of one layer, added in another order."""
@@ -28,7 +28,12 @@ def bounded(tmp_path_factory):
     return OnnxDecoder(write_bounded(tmp_path_factory.mktemp("bounded")), threads=1)
 
 
-@pytest.fixture(params=["gqa", "bounded"])
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory):
+    return OnnxDecoder(write_portable(tmp_path_factory.mktemp("portable")), threads=1)
+
+
+@pytest.fixture(params=["gqa", "portable", "bounded"])
 def decoder(request):
     return request.getfixturevalue(request.param)
 
@@ -88,12 +93,36 @@ def test_rows_may_go_on_by_other_numbers_of_tokens(decoder):
         np.testing.assert_allclose(logits[index], decoder.run(alone[None])[0], **CLOSE)
 
 
-def test_left_padding_where_it_is_allowed(bounded, gqa):
-    ids, mask = tokens(2, 5), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    alone = bounded.run(ids[:1, 2:])
-    np.testing.assert_allclose(bounded.run(ids, mask)[:1], alone, **CLOSE)
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("name", ["portable", "bounded"])
+def test_padding_on_either_side_where_it_is_allowed(request, name, chunk):
+    decoder = request.getfixturevalue(name)
+    ids = tokens(3, 7)
+    mask = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]])
+    session = decoder.session(3, prefill_chunk=chunk)
+    logits = session.run(ids, mask)
+    following = tokens(3, 1, seed=1)
+    later = session.run(following)
+    for row in range(3):
+        real = ids[row][mask[row] == 1][None]
+        np.testing.assert_allclose(logits[row], decoder.run(real)[0], **CLOSE)
+        longer = np.concatenate((real, following[row : row + 1]), axis=1)
+        np.testing.assert_allclose(later[row], decoder.run(longer)[0], **CLOSE)
+
+
+def test_a_token_behind_padding_is_refused_where_rows_stand_in_place(gqa):
     with pytest.raises(InputError, match="allowed: right padding"):
-        gqa.run(ids, mask)
+        gqa.run(tokens(1, 3), np.array([[0, 1, 1]]))
+
+
+def test_a_row_without_a_token_is_refused_at_first(gqa):
+    with pytest.raises(InputError, match="a row without a token"):
+        gqa.run(tokens(2, 3), np.array([[1, 1, 1], [0, 0, 0]]))
+
+
+def test_a_call_without_a_token_is_refused(decoder):
+    with pytest.raises(InputError, match="no token"):
+        decoder.run(tokens(1, 3), np.zeros((1, 3)))
 
 
 def test_all_logits(gqa_all, gqa):
@@ -148,7 +177,7 @@ def test_sessions_do_not_touch_each_other(decoder):
         (np.array([[VOCAB]]), None, f"token {VOCAB}; allowed: 0 to {VOCAB - 1}"),
         (np.array([[-1]]), None, "token -1"),
         (np.zeros((1, 3), int), np.ones((1, 4)), r"attention_mask has shape \[1, 4\]"),
-        (np.zeros((1, 3), int), np.zeros((1, 3)), "a row without a token"),
+        (np.zeros((1, 3), int), np.zeros((1, 3)), "no token"),
         (np.zeros((1, 11), int), None, "capacity=10"),
     ],
 )
