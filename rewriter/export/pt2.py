@@ -130,8 +130,7 @@ def export_pt2(
             _add_constants(entry, tensors, constants)
         metadata = _metadata(optimized, limits, compiled, constants, layout(tensors))
         metadata |= {"native": [f"step{i}" for i in range(len(native))], "portable": portable}
-        with stages("write"), temporary.open("wb") as file:
-            writer = Pt2Writer(file)
+        with stages("write"), temporary.open("wb") as file, Pt2Writer(file) as writer:
             _write(writer, tensors, metadata, stored, compiled, native)
             writer.seal(metadata)
         with stages("check"):

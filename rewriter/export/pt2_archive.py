@@ -27,12 +27,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from rewriter.errors import ArtifactError
 from rewriter.export.directory import permissions
 
-__all__ = ["FORMAT", "METADATA", "WEIGHTS", "Pt2File", "Pt2Writer", "open_pt2", "writing"]
+__all__ = ["FORMAT", "METADATA", "ROOT", "WEIGHTS", "Pt2File", "Pt2Writer", "open_pt2", "writing"]
 
 FORMAT = 1
 ROOT = "model/"
@@ -57,6 +57,13 @@ class Pt2Writer:
     def __init__(self, file: BinaryIO) -> None:
         self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
         self.members: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._zip.fp = None  # nothing more is written to a file that failed
 
     def add(self, name: str, chunks: bytes | Iterable[bytes | memoryview]) -> None:
         """A member of these bytes."""

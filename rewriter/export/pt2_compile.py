@@ -88,7 +88,11 @@ def compile_entry(entry: Entry) -> Compiled:
         _demand_dynamic(entry, exported)
         module = demand_aten(exported).module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        options = {**_OPTIONS, "aot_inductor.model_name_for_generated_files": entry.name}
+        options = {
+            **_OPTIONS,
+            "aot_inductor.model_name_for_generated_files": entry.name,
+            "aot_inductor.metadata": {"inputs": " ".join(spec.name for spec in entry.inputs)},
+        }
         try:
             files: Any = torch._inductor.aot_compile(module, entry.example, options=options)
         except Exception as error:
