@@ -39,6 +39,7 @@ def open_session(path: Path, provider: str = "CPUExecutionProvider") -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's errors have no common base of their own

@@ -28,6 +28,7 @@ from rewriter.export.onnx_graph import (
     store_transposed,
     strip,
 )
+from rewriter.export.onnx_loops import expand_experts
 from rewriter.export.onnx_trace import trace, translate
 from rewriter.export.ports import Port, StatePorts
 from rewriter.optimized import OptimizedModel
@@ -42,6 +43,7 @@ PROVIDERS = {
 }
 """Execution providers by `ep`; "portable" has standard operators only and runs on any."""
 LOGITS = ("last", "all")
+EXPERTS_REASON = "no standard operator; a Loop over the experts that were chosen"
 PACKAGES = ("rewriter", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -53,7 +55,7 @@ class OnnxSummary:
         operators: how often each stands in the graph.
         decomposed: dialect operators that have no operator of ONNX, and why.
         agreement: what the check beside the program found: `logits`, `greedy`, `limit`.
-        seconds: by stage.
+        seconds: by stage. notes: what else should be known.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class OnnxSummary:
     decomposed: dict[str, str]
     agreement: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -96,6 +99,8 @@ def export_onnx(
         exported = trace(form.module, form.inputs, form.examples)
     with clock("translate"):
         model = translate(exported, form.inputs, form.outputs)
+        if expand_experts(model):
+            form.decomposed["moe"] = EXPERTS_REASON
         name_ports(model, form.inputs, form.outputs)
         store_transposed(model)
         if ep != "portable":

@@ -30,7 +30,7 @@ def strip(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
@@ -86,7 +86,7 @@ def _transposed(tensor: Any) -> ir.LazyTensor:
 
 def count_operators(model: ir.Model) -> dict[str, int]:
     """How often each operator stands in the graph; those of other domains as `domain::name`."""
-    names = (f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
+    names = (f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes())
     return dict(sorted(Counter(names).items()))
 
 

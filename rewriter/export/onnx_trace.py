@@ -18,7 +18,7 @@ from rewriter.export.ports import Port
 
 __all__ = ["trace", "translate"]
 
-EXTENTS = {"batch": 2, "q_len": 5, "past": 11, "total": 16}
+EXTENTS = {"batch": 2, "q_len": 5, "past": 11, "total": 16, "tokens": 10}
 """Sizes that tracing sees; what it computes holds for others too."""
 
 
@@ -69,7 +69,7 @@ def translate(
     exported: torch.export.ExportedProgram, inputs: Sequence[Port], outputs: Sequence[Port]
 ) -> ir.Model:
     """The ONNX graph. Raises ExportError for an operator that has no translation."""
-    names = {
+    names: dict[str, Any] = {
         "input_names": [port.name for port in inputs],
         "output_names": [port.name for port in outputs],
     }
