@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,7 @@ class Worker:
         while True:
             self._jobs.get()()
 
-    async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
+    async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncGenerator[Any]:
         """What an iterator gives, computed on the thread; it stops when nobody listens any more."""
         loop, results = asyncio.get_running_loop(), asyncio.Queue()
         gone = threading.Event()
@@ -182,7 +182,7 @@ async def _whole(
 
 async def _events(
     first: list[Piece],
-    pieces: AsyncIterator[list[Piece]],
+    pieces: AsyncGenerator[list[Piece]],
     prompts: list[Ids],
     body: Completion,
     answer: dict[str, Any],
@@ -190,14 +190,14 @@ async def _events(
     """Server-sent events: a choice for each new piece of text, at last the usage if it was asked for."""
     ids: list[list[int]] = [[] for _ in prompts]
     rows: list[Piece] | None = first
-    while rows is not None:
-        for index, piece in enumerate(rows):
-            ids[index] += piece.ids
-            if piece.text or (piece.ids and piece.finish_reason):
-                yield _event(
-                    answer | {"choices": [_choice(index, piece.text, piece.finish_reason)]}
-                )
-        rows = await anext(pieces, None)
+    async with aclosing(pieces):  # also when the client goes away
+        while rows is not None:
+            for index, piece in enumerate(rows):
+                ids[index] += piece.ids
+                if piece.text or (piece.ids and piece.finish_reason):
+                    choice = _choice(index, piece.text, piece.finish_reason)
+                    yield _event(answer | {"choices": [choice]})
+            rows = await anext(pieces, None)
     if body.stream_options.get("include_usage"):
         yield _event(answer | {"choices": [], "usage": _usage(prompts, ids)})
     yield "data: [DONE]\n\n"

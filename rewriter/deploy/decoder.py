@@ -219,6 +219,7 @@ def _load(
 ) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -204,3 +208,66 @@ def test_a_damaged_file_is_said_before_the_server_starts(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "model.onnx" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The script as a module."""
+    path = ROOT / "examples" / "serve_onnx.py"
+    spec = importlib.util.spec_from_file_location("serve_onnx", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_work_stops_when_the_client_goes_away(example):
+    stopped = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                time.sleep(0.001)
+                yield 1
+        finally:
+            stopped.set()
+
+    async def listen_once():
+        async with aclosing(example.Worker(1).run(endless)) as items:
+            assert await anext(items) == 1
+
+    asyncio.run(listen_once())
+    assert stopped.wait(STARTING)
+
+
+def test_too_many_requests_are_turned_away(example):
+    worker, blocked, release = example.Worker(1), threading.Event(), threading.Event()
+
+    def hold():
+        blocked.set()
+        release.wait(STARTING)
+        yield 1
+
+    async def three():
+        first = asyncio.ensure_future(anext(worker.run(hold)))
+        await asyncio.to_thread(blocked.wait, STARTING)
+        second = asyncio.ensure_future(anext(worker.run(hold)))
+        await asyncio.sleep(0)
+        with pytest.raises(example.Busy):
+            await anext(worker.run(hold))
+        release.set()
+        return await first, await second
+
+    assert asyncio.run(three()) == (1, 1)
+
+
+def test_an_error_on_the_way_reaches_the_client(example):
+    def broken():
+        yield 1
+        raise ValueError("broken")
+
+    async def listen():
+        return [item async for item in example.Worker(1).run(broken)]
+
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(listen())
