@@ -31,12 +31,15 @@ SHORTEST = (1, 0.4, 0.7)
 """Tokens of the rows of a padded batch, as shares of the longest."""
 BEYOND = 9
 """Tokens by which the longest prompt exceeds bounded state."""
-LONGEST = 2304
+LONGEST, MOST_PADDED = 2304, 128
+"""Tokens with the decode steps behind them, of a row alone and of each of several."""
 
 
 def open_session(path: Path, provider: str = "CPUExecutionProvider") -> Any:
     """A session that keeps the weights mapped: packed copies would need their size once more."""
     options = onnxruntime.SessionOptions()
+    if provider not in onnxruntime.get_available_providers():
+        provider = "CPUExecutionProvider"  # has the same operators, in float16 too
     options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -178,7 +181,7 @@ def _prompts(program: Program, metadata: dict[str, Any]) -> Iterator[_Prompt]:
     generator = torch.Generator().manual_seed(0)
     vocab_size = metadata["vocab_size"]
     for rows in ROWS:
-        for length in _lengths(metadata):
+        for length in _lengths(metadata, most=LONGEST if rows == 1 else MOST_PADDED):
             ids = torch.randint(0, vocab_size, (rows, length), generator=generator)
             mask = torch.ones_like(ids)
             if rows > 1:
@@ -190,10 +193,10 @@ def _prompts(program: Program, metadata: dict[str, Any]) -> Iterator[_Prompt]:
             yield _Prompt(ids, mask)
 
 
-def _lengths(metadata: dict[str, Any]) -> list[int]:
+def _lengths(metadata: dict[str, Any], most: int) -> list[int]:
     fixed = [s["dims"][1] for s in metadata["states"] if len(s["dims"]) == 2]
     lengths = [*LENGTHS, *(size + BEYOND for size in fixed if isinstance(size, int))]
-    limit = min(metadata["max_positions"] or LONGEST, LONGEST) - STEPS
+    limit = min(metadata["max_positions"] or most, most) - STEPS
     return sorted({length for length in lengths if length <= limit})
 
 

@@ -16,8 +16,9 @@ import onnx_ir as ir
 import torch
 
 from rewriter.errors import ArtifactError, ConfigError
+from rewriter.export.cast import cast, weight_dtype
 from rewriter.export.directory import permissions
-from rewriter.export.functional import Functional, functional
+from rewriter.export.functional import functional
 from rewriter.export.onnx_check import check_file
 from rewriter.export.onnx_file import FORMAT, KEY, UNSEALED, metadata_text, seal
 from rewriter.export.onnx_fusions import fuse_skip_norms, pack_projections
@@ -29,8 +30,8 @@ from rewriter.export.onnx_graph import (
     strip,
 )
 from rewriter.export.onnx_loops import expand_experts
-from rewriter.export.onnx_trace import trace, translate
-from rewriter.export.ports import Port, StatePorts
+from rewriter.export.onnx_trace import trace, translate, with_dtypes
+from rewriter.export.ports import Functional, Port, StatePorts
 from rewriter.optimized import OptimizedModel
 from rewriter.report.json import report_to_json
 
@@ -42,6 +43,12 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
 }
 """Execution providers by `ep`; "portable" has standard operators only and runs on any."""
+DTYPES = {
+    "portable": (torch.float32, torch.float16, torch.float64),
+    "cpu": (torch.float32, torch.float16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+"""Dtypes of weights that the operators of a provider compute with; ONNX Runtime's CPU has no bfloat16."""
 LOGITS = ("last", "all")
 EXPERTS_REASON = "no standard operator; a Loop over the experts that were chosen"
 PACKAGES = ("rewriter", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -92,10 +99,14 @@ def export_onnx(
         ArtifactError: the file cannot be written.
     """
     _check_options(ep, logits, max_length)
+    program = optimized.program
+    dtype = weight_dtype(program) if dtype is None else dtype
+    _check_dtype(ep, dtype)
     clock = _Clock(on_stage)
     path = Path(path).absolute()
     with clock("trace"):
-        form = functional(optimized.program, ep=ep, logits=logits, max_length=max_length)
+        converted = cast(program, dtype)
+        form = functional(converted, ep=ep, logits=logits, max_length=max_length)
         exported = trace(form.module, form.inputs, form.examples)
     with clock("translate"):
         model = translate(exported, form.inputs, form.outputs)
@@ -107,6 +118,7 @@ def export_onnx(
             pack_projections(model)
             fuse_skip_norms(model)
         strip(model)
+        form.outputs = with_dtypes(form.outputs, model)
     del exported
     metadata = _metadata(optimized, form, model, ep, logits)
     try:
@@ -116,13 +128,19 @@ def export_onnx(
             with clock("write"):
                 _write(model, metadata, written)
             with clock("check"):
-                agreement = check_file(written, metadata, optimized.program, PROVIDERS[ep])
+                agreement = check_file(written, metadata, converted, PROVIDERS[ep])
             _put_in_place(written, path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     size = sum(p.stat().st_size for p in (path, data_path(path)) if p.exists())
     operators, decomposed = metadata["operators"], metadata["decomposed"]
     return OnnxSummary(path, size, operators, decomposed, agreement, clock.seconds)
+
+
+def _check_dtype(ep: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES[ep]:
+        allowed = ", ".join(map(_name, DTYPES[ep]))
+        raise ConfigError("dtype", _name(dtype), f"{allowed} for ep={ep!r}")
 
 
 def _check_options(ep: str, logits: str, max_length: int | None) -> None:

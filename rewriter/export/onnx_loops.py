@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from codegen.onnx_functions.moe import EXPERTS, ExpertStep
-from rewriter.export.onnx_trace import trace, translate
+from rewriter.export.onnx_trace import torch_dtype, trace, translate
 from rewriter.export.ports import Port
 
 __all__ = ["expand_experts"]
@@ -49,10 +49,7 @@ def _traced(node: ir.Node) -> ir.Graph:
 def _port(name: str, value: ir.Value) -> Port:
     assert value.shape is not None and value.dtype is not None
     dims = tuple(d if isinstance(d, int) else "tokens" for d in value.shape)
-    return Port(name, getattr(torch, _TORCH.get(value.dtype.name, value.dtype.name.lower())), dims)
-
-
-_TORCH = {"FLOAT": "float32", "DOUBLE": "float64"}
+    return Port(name, torch_dtype(value.dtype), dims)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, body: ir.Graph, name: str) -> None:

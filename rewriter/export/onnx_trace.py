@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from codegen.onnx_functions.node import OPSET
 from rewriter.errors import ExportError
 from rewriter.export.ports import Port
 
-__all__ = ["trace", "translate"]
+__all__ = ["torch_dtype", "trace", "translate", "with_dtypes"]
 
 EXTENTS = {"batch": 2, "q_len": 5, "past": 11, "total": 16, "tokens": 10}
 """Sizes that tracing sees; what it computes holds for others too."""
@@ -87,6 +88,21 @@ def translate(
     except Exception as error:
         raise ExportError(f"an operator has no ONNX translation: {_cause(error)}") from error
     return program.model
+
+
+def torch_dtype(dtype: ir.DataType) -> torch.dtype:
+    """PyTorch's name for it."""
+    names = {"FLOAT": "float32", "DOUBLE": "float64"}
+    return getattr(torch, names.get(dtype.name, dtype.name.lower()))
+
+
+def with_dtypes(ports: Sequence[Port], model: ir.Model) -> tuple[Port, ...]:
+    """The outputs with the dtypes that the graph gives them."""
+    found = [value.dtype for value in model.graph.outputs]
+    return tuple(
+        port if dtype is None else replace(port, dtype=torch_dtype(dtype))
+        for port, dtype in zip(ports, found, strict=True)
+    )
 
 
 def _cause(error: BaseException) -> str:

@@ -1,14 +1,15 @@
-"""The inputs and outputs of an exported program: names, dtypes and dimensions."""
+"""What an exported program takes and gives: names, dtypes and dimensions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, nn
 
 from rewriter.program import Decoding, StateSpec
 
-__all__ = ["Port", "StatePorts", "needs_mask", "needs_positions", "state_ports"]
+__all__ = ["Functional", "Port", "StatePorts", "needs_mask", "needs_positions", "state_ports"]
 
 Dim = int | str
 
@@ -29,6 +30,26 @@ class StatePorts:
     spec: StateSpec
     input: Port
     output: Port
+
+
+@dataclass
+class Functional:
+    """A module without state and how it is called.
+
+    Attributes:
+        module: takes the inputs and gives the outputs, in order.
+        states: of a program that decodes, else empty.
+        decomposed: by dialect operator, why it is not one ONNX operator.
+    """
+
+    module: nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[StatePorts, ...] = ()
+    decomposed: dict[str, str] = field(default_factory=dict)
+    padding: str = "any"
+    max_positions: int | None = None
+    examples: tuple[Tensor, ...] | None = None
 
 
 def state_ports(decoding: Decoding) -> tuple[StatePorts, ...]:
