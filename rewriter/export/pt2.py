@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.capture.guards import violated
 from rewriter.errors import ConfigError, ExportError
 from rewriter.export.artifact import distinct_weights, program_from_json, program_to_json
 from rewriter.export.pt2_archive import WEIGHTS, Pt2Writer, writing
@@ -180,11 +181,8 @@ def _compile(
     """All entries. original: with the shapes it was traced for, which `program` has not."""
     entries: tuple[Entry, ...]
     if limits is None:
-        scenario = next(iter(whole_scenarios(original, Verification())))
-        assert isinstance(scenario, FlatScenario)
-        entries = (
-            module_entry(program, [scenario.inputs[n.name] for n in program.placeholders()]),
-        )
+        example = _example(original)
+        entries = (module_entry(program, [example[n.name] for n in program.placeholders()]),)
     else:
         entries = token_entries(program, limits)
     compiled = []
@@ -192,6 +190,24 @@ def _compile(
         with stages(f"compile {entry.name}"):
             compiled.append(compile_entry(entry))
     return compiled
+
+
+def _example(program: Program) -> Mapping[str, Tensor]:
+    """Inputs by name that the program takes, with no dynamic dimension of 1: a trace would fix it."""
+    dynamic = {
+        spec.name: [i for i, dim in enumerate(spec.dims) if isinstance(dim, str)]
+        for spec in program.signature.inputs
+    }
+    scenarios = [s for s in whole_scenarios(program, Verification()) if isinstance(s, FlatScenario)]
+    for scenario in scenarios:
+        open_sizes = [scenario.inputs[n].shape[i] for n, dims in dynamic.items() for i in dims]
+        if min(open_sizes, default=2) > 1 and not _violated(program, scenario):
+            return scenario.inputs
+    return scenarios[0].inputs
+
+
+def _violated(program: Program, scenario: FlatScenario) -> str | None:
+    return violated(program.meta.get("guards", ()), scenario.inputs)
 
 
 def _native(program: Program, limits: Limits, stages: _Stages) -> list[Any]:

@@ -101,7 +101,7 @@ def _use(file: Pt2File, model: Pt2Model, tensors: dict[str, Tensor]) -> str:
     constants = {name: tensors[tensor] for name, tensor in metadata["constants"].items()}
     if limits is None or program.decoding is None:
         (name,) = metadata["entries"]
-        model.run = ModuleRun(CompiledEntry(file, name, constants))
+        model.run = ModuleRun(program, CompiledEntry(file, name, constants))
         return f"AOTInductor: {name}"
     states = {state_buffer(s.name): _placeholder(s, limits) for s in program.decoding.states}
     entries = {name: CompiledEntry(file, name, constants | states) for name in metadata["entries"]}

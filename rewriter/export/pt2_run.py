@@ -55,12 +55,14 @@ class CompiledEntry:
 class ModuleRun:
     """A program without decoding through its one entry."""
 
-    def __init__(self, entry: CompiledEntry) -> None:
+    def __init__(self, program: Program, entry: CompiledEntry) -> None:
         self._entry = entry
+        self._dtypes = [spec.dtype for spec in program.signature.inputs]
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
-        """As the program's graph."""
-        return self._entry(*[value.contiguous() for value in args])
+        """As the program's graph; compiled code takes other dtypes and layouts for granted."""
+        given = zip(args, self._dtypes, strict=True)
+        return self._entry(*[value.to(dtype).contiguous() for value, dtype in given])
 
 
 class TokenRun:

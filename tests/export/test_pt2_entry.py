@@ -20,6 +20,7 @@ PASSES = {
     "no passes": [],
     "default": "default",
     "streaming-llm": ["default", "streaming-llm{num_sink_tokens=2,recent_window=18}"],
+    "int8-weights": ["default", "int8-weights"],
     "random-entries": ["default", "random-entries{num_random=6,recent_window=18}"],
 }
 
@@ -71,7 +72,7 @@ def _compare(program, padded):
         start += size
 
 
-@pytest.mark.parametrize("passes", ["default", "streaming-llm"])
+@pytest.mark.parametrize("passes", ["default", "int8-weights", "streaming-llm"])
 def test_a_trace_is_aten_alone_and_keeps_its_sizes_open(passes):
     program = program_of("llama", passes)
     for entry in token_entries(program, LIMITS):
