@@ -26,9 +26,11 @@ __all__ = ["Compiled", "check_target", "compile_entry"]
 _OPTIONS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.precompile_headers": False,
     "cpp.dynamic_threads": True,
 }
-"""Constants come from outside; the number of threads is that of the loading process."""
+"""Constants come from outside; the number of threads is that of the loading process. Compiling the headers
+apart takes longer than the two or three compilations of an artifact save by it."""
 
 
 @dataclass(frozen=True)
