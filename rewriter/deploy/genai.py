@@ -65,9 +65,11 @@ def genai_config(metadata: dict[str, Any], *, model: str = "model.onnx") -> dict
 
 def _check(metadata: dict[str, Any], keys: list[dict[str, Any]]) -> None:
     others = [s["name"] for s in metadata["states"] if "past" not in s["dims"]]
-    if metadata["kind"] != "causal_lm" or others or not keys:
-        what = others[0] if others else metadata["kind"]
-        raise ExportError(f"onnxruntime-genai keeps every entry and nothing else: not {what}")
+    if metadata["kind"] != "causal_lm":
+        raise ExportError(f"onnxruntime-genai runs language models, not a {metadata['kind']}")
+    if others or not keys:
+        found = ", ".join(others) or "no keys at all"
+        raise ExportError(f"onnxruntime-genai keeps every entry and nothing else, not {found}")
     names = {f"past_key_values.{index}.key" for index in range(len(keys))}
     shapes = {tuple(state["dims"]) for state in metadata["states"]}
     if {state["input"] for state in keys} != names or len(shapes) != 1:
