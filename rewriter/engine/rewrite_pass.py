@@ -43,7 +43,7 @@ class RewritePass:
     fidelity: ClassVar[Fidelity]
     source: ClassVar[str]
     anchor: ClassVar[str]
-    """The dialect operator whose sites it looks at, or "program"."""
+    """The dialect operator whose sites it looks at, a key of `site.ANCHORS` for several, or "program"."""
     conflicts: ClassVar[frozenset[str]] = frozenset()
     """Names of passes that may not be asked for on the same layers."""
 
