@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -32,6 +33,8 @@ class KernelDescription:
         layout: of cached entries: `"bhsd"`, `"slots"` (any order, positions beside them) or `"paged"`.
         page_size: entries of a page.
         softcap: 0 for none.
+        terms: what joins an attention's scores besides its mask: of `"bias"` (added) or `"seen"` (a
+            bias of bool, True = visible), `"sinks"` and `"slopes"`.
         form: a variant of the operator, e.g. `"top_k"` or `"threshold"`.
         epilogue: pointwise work on the result before it is stored.
     """
@@ -48,6 +51,7 @@ class KernelDescription:
     layout: str = "bhsd"
     page_size: int = 0
     softcap: float = 0.0
+    terms: tuple[str, ...] = ()
     form: str = ""
     epilogue: Epilogue | None = None
 
@@ -115,10 +119,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 def safe_name(text: str) -> str:
     """A C and Python identifier from any text, so that nothing from a model gets into code.
 
-    Letters, digits and single underscores are kept, at most 60 of them.
+    Letters, digits and single underscores are kept, at most 60 of them; before a digit and a keyword of
+    either language stands `v_`.
     """
     kept = re.sub(r"[^0-9A-Za-z]+", "_", text).strip("_")[:60].rstrip("_")
-    return kept if kept and not kept[0].isdigit() else f"v_{kept}"
+    taken = keyword.iskeyword(kept) or keyword.issoftkeyword(kept) or kept in _CPP_KEYWORDS
+    return kept if kept and not kept[0].isdigit() and not taken else f"v_{kept}"
+
+
+_CPP_KEYWORDS = frozenset(
+    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t
+    class compl const const_cast constexpr continue decltype default delete do double dynamic_cast else
+    enum explicit export extern false float for friend goto if inline int long mutable namespace new
+    noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast
+    return short signed sizeof static static_assert static_cast struct switch template this thread_local
+    throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
+    xor_eq""".split()
+)
+"""Of C++17, and with them those of C."""
 
 
 def _shown(value: object) -> str:

@@ -18,6 +18,7 @@ from codegen.epilogue import Epilogue
 from codegen.followers import followers
 from codegen.kernel import KernelDescription
 from codegen.triton_kernels.gated_activation import ACTIVATIONS
+from codegen.triton_kernels.score_terms import TERMS
 from rewriter.program import Program, StateSpec
 
 __all__ = ["Unmet", "Wanted", "arguments_of", "describe", "states_of", "wanted_kernels"]
@@ -211,9 +212,6 @@ def _rope(node: fx.Node, arguments: dict[str, Any], states: States) -> Answer:
 
 
 def _attention(node: fx.Node, arguments: dict[str, Any], states: States) -> Answer:
-    extra = [name for name in ("bias", "sinks", "slopes") if arguments[name] is not None]
-    if extra:
-        return f"it has {', '.join(extra)}"
     if not isinstance(arguments["span"], int):
         return "its span is not known before it runs"
     q = _example(arguments["q"])
@@ -228,6 +226,7 @@ def _attention(node: fx.Node, arguments: dict[str, Any], states: States) -> Answ
         mask=arguments["mask"],
         span=arguments["span"],
         softcap=arguments["softcap"],
+        terms=_terms(arguments),
     )
     if arguments["q_positions"] is None:
         return (prefill,)
@@ -238,6 +237,14 @@ def _attention(node: fx.Node, arguments: dict[str, Any], states: States) -> Answ
         head_dim=prefill.value_dim,
     )
     return (prefill, replace(prefill, operator="decode_attention"), merge)
+
+
+def _terms(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """What joins the scores, in the order that descriptions have."""
+    bias = arguments["bias"]
+    kind = "seen" if bias is not None and _example(bias).dtype == torch.bool else "bias"
+    given = {kind: bias, "sinks": arguments["sinks"], "slopes": arguments["slopes"]}
+    return tuple(name for name in TERMS if given.get(name) is not None)
 
 
 _Describer = Callable[[fx.Node, dict[str, Any], States], Answer]

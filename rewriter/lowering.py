@@ -100,12 +100,11 @@ def choose_backend(requested: str, program: Program | None = None) -> BackendCho
 
 def _why_not_cpu(program: Program | None) -> str | None:
     """What stands against compiled decode steps, as the allowed value; None where nothing does."""
-    from codegen.cpp_kernels.compiler import find_compiler
+    from codegen.cpp_kernels.compiler import why_no_compiler
 
-    if find_compiler() is None:
-        return "a machine with a C++ compiler; set CXX or install g++, references run without"
-    if program is None:
-        return None
+    missing = why_no_compiler()
+    if missing is not None or program is None:
+        return missing
     if program.decoding is None:
         return "a causal language model whose decoding was derived; others run on eager"
     devices = _devices(program)

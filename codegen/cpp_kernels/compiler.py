@@ -16,7 +16,15 @@ import torch
 from codegen.cache import cached_build, cached_text, content_hash
 from rewriter.errors import ConfigError, RewriterError
 
-__all__ = ["ISAS", "CompileError", "Compiler", "compile_library", "find_compiler", "inline_headers"]
+__all__ = [
+    "ISAS",
+    "CompileError",
+    "Compiler",
+    "compile_library",
+    "find_compiler",
+    "inline_headers",
+    "why_no_compiler",
+]
 
 ISAS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
@@ -52,14 +60,25 @@ class Compiler:
 
 @functools.cache
 def find_compiler() -> Compiler | None:
-    """`$CXX`, else g++, else clang++; None where there is none that answers."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
+    """`$CXX` where it is set, else g++, else clang++; None where it, or each of them, does not answer."""
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("g++", "clang++"):
         path = shutil.which(name) if name else None
         if path is not None:
             compiler = Compiler(path)
             if compiler.version:
                 return compiler
     return None
+
+
+def why_no_compiler() -> str | None:
+    """What `find_compiler` found missing, as the allowed value; None where there is a compiler."""
+    if find_compiler() is not None:
+        return None
+    asked = os.environ.get("CXX")
+    if asked:
+        return f"a machine with a C++ compiler; CXX={asked!r} does not answer to --version"
+    return "a machine with a C++ compiler; set CXX or install g++, references run without"
 
 
 def inline_headers(text: str) -> str:
@@ -92,7 +111,7 @@ def compile_library(text: str, *, isa: str = "native") -> ctypes.CDLL:
         raise ConfigError("isa", isa, f"one of {', '.join(ISAS)}")
     compiler = find_compiler()
     if compiler is None:
-        raise ConfigError("CXX", os.environ.get("CXX"), "a C++ compiler: set CXX, or install g++")
+        raise ConfigError("CXX", os.environ.get("CXX"), why_no_compiler() or "")
     source = cached_text(text, ".cpp")
     flags = [*_FLAGS, *ISAS[isa]]
     runtime = _openmp_runtime()

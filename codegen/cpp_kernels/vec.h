@@ -47,6 +47,44 @@ inline bf16 round_bf16(float x) {
     return bf16{uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16)};
 }
 
+// A half-precision number as it lies in memory, for operands of epilogues: converted one by one.
+struct f16 {
+    uint16_t bits;
+};
+
+inline float to_float(f16 x) {
+    uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
+    // The exponent moves by 112; below the normal ones and above them it is scaled and set.
+    uint32_t wide = size >= 0x7c00u ? (size << 13) | 0x7f800000u : (size << 13) + (112u << 23);
+    float result;
+    if (size < 0x0400u) {
+        result = float(size) * 5.9604644775390625e-8f;  // 2^-24
+        std::memcpy(&wide, &result, 4);
+    }
+    wide |= sign;
+    std::memcpy(&result, &wide, 4);
+    return result;
+}
+
+// Rounds to nearest, ties to even, as PyTorch does; NaN stays NaN, what is too large becomes infinite.
+inline f16 round_f16(float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    uint16_t sign = uint16_t((wide >> 16) & 0x8000u);
+    wide &= 0x7fffffffu;
+    if (wide > 0x7f800000u) return f16{uint16_t(sign | 0x7e00u)};
+    if (wide >= 0x477ff000u) return f16{uint16_t(sign | 0x7c00u)};  // from 65520 on
+    if (wide < 0x38800000u) {  // below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded
+        float size;
+        std::memcpy(&size, &wide, 4);
+        size += 0.5f;
+        std::memcpy(&wide, &size, 4);
+        return f16{uint16_t(sign | (wide - 0x3f000000u))};
+    }
+    wide += 0xfffu + ((wide >> 13) & 1u);
+    return f16{uint16_t(sign | ((wide - (112u << 23)) >> 13))};
+}
+
 template <typename T> inline T from_float(float x);
 template <> inline float from_float<float>(float x) { return x; }
 template <> inline bf16 from_float<bf16>(float x) { return round_bf16(x); }

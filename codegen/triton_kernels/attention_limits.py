@@ -9,6 +9,7 @@ from torch import Tensor
 from codegen.kernel import Kernel, KernelDescription
 from codegen.triton_kernels.checks import float_refusal, one_of
 from codegen.triton_kernels.entries import LAYOUTS
+from codegen.triton_kernels.score_terms import term_refusal
 from codegen.triton_kernels.visibility import MASKS
 from rewriter.errors import ConfigError, InputError
 
@@ -37,6 +38,7 @@ def refusal(
     layouts: tuple[str, ...] = LAYOUTS,
     forms: tuple[str, ...] = ("",),
     weight_dtypes: tuple[torch.dtype, ...] = (),
+    terms: tuple[str, ...] = (),
     epilogue: bool = False,
 ) -> str | None:
     """The first thing about `d` that cannot be done, as field, value and what is allowed.
@@ -57,6 +59,7 @@ def refusal(
         or _out_of_range("num_sink_tokens", d.num_sink_tokens, 0)
         or _out_of_range("page_size", d.page_size, 1 if d.layout == "paged" else 0)
         or _out_of_range("softcap", d.softcap, 0)
+        or term_refusal(d, terms)
         or (None if epilogue or d.epilogue is None else f"epilogue={d.epilogue}, allowed: none")
     )
 

@@ -1,6 +1,6 @@
 """Attention of few new tokens over a KV cache, its entries split among programs.
 
-    out = softmax(softcap(q kᵀ · softmax_scale), masked by positions) v
+    out = softmax(softcap(q kᵀ · softmax_scale) + terms, masked by positions) v
     lse = log Σ exp(the same scores)
 
 Layouts: q bhsd [batch_size, num_heads, q_len, head_dim]; the cache as in `entries`. Any strides, the
@@ -49,6 +49,14 @@ from codegen.triton_kernels.generate import Launch, generate, pointer, run
 from codegen.triton_kernels.merge_lse import merge_lse
 from codegen.triton_kernels.online_softmax import LOG2_E, capped, finish, fold_in
 from codegen.triton_kernels.product import product
+from codegen.triton_kernels.score_terms import (
+    TERMS,
+    join_sink,
+    term_arguments,
+    term_constants,
+    term_signature,
+    with_terms,
+)
 from codegen.triton_kernels.visibility import entry_range, sees, structure
 from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
@@ -117,6 +125,9 @@ def decode_attention_kernel(
     kv_lens: tl.tensor,  # [batch_size]: entries in use; of slots the capacity
     out: tl.tensor,
     lse: tl.tensor,
+    bias: tl.tensor,  # these three are read where the constants say so
+    sinks: tl.tensor,
+    slopes: tl.tensor,
     softmax_scale: tl.tensor,
     num_kv_heads: tl.tensor,
     q_len: tl.tensor,
@@ -134,6 +145,10 @@ def decode_attention_kernel(
     v_row: tl.tensor,
     index_batch: tl.tensor,
     index_head: tl.tensor,
+    bias_batch: tl.tensor,
+    bias_head: tl.tensor,
+    bias_row: tl.tensor,
+    bias_entry: tl.tensor,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -143,6 +158,9 @@ def decode_attention_kernel(
     SPAN: tl.constexpr,
     NUM_SINK_TOKENS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -185,6 +203,12 @@ def decode_attention_kernel(
 
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
+    slope = tl.zeros([BLOCK_M, 1], tl.float32)
+    if SLOPED:
+        slope = tl.load(slopes + head)[:, None]
+    if BIAS != "":
+        bias += asker[:, None] * bias_batch + head.to(tl.int64)[:, None] * bias_head
+        bias += token.to(tl.int64)[:, None] * bias_row  # [M, 1]
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -209,13 +233,22 @@ def decode_attention_kernel(
             other=0.0,
         )  # [N, V]
         scores = product(queries, tl.trans(keys)) * softmax_scale  # [M, N]
-        scores = capped(scores, SOFTCAP) * LOG2_E
+        scores = capped(scores, SOFTCAP)
+        if BIAS != "" or SLOPED:
+            added = bias + n.to(tl.int64)[None, :] * bias_entry
+            told = asks[:, None] & live[None, :]
+            distance = j[None, :] - i[:, None]
+            scores = with_terms(scores, distance, slope, added, told, BIAS, SLOPED)
+        scores *= LOG2_E
         keep = sees(i[:, None], j[None, :], MASK, SPAN, NUM_SINK_TOKENS)
         scores = tl.where(keep, scores, float("-inf"))
         weights, shrink, peak, total = fold_in(scores, peak, total)
         acc = acc * shrink[:, None]
         acc += product(weights.to(values.dtype), values)  # [M, V]
 
+    if SINKS:  # counted once, whatever the splits
+        sink = tl.load(sinks + head) * LOG2_E
+        acc, peak, total = join_sink(acc, peak, total, tl.where(split == 0, sink, float("-inf")))
     result, row_lse = finish(acc, peak, total)
     # Flat rows: [num_splits, batch_size, num_heads, q_len].
     flat = split.to(tl.int64) * all_rows
@@ -239,7 +272,8 @@ class DecodeAttention(Kernel):
 
     def supports(self, description: KernelDescription) -> str | None:
         """See `Kernel.supports`. Pointwise work on the result belongs to `merge_lse`."""
-        return refusal(description, forms=("", "shared"))
+        terms = () if description.form == "shared" else TERMS
+        return refusal(description, forms=("", "shared"), terms=terms)
 
     def source(self, description: KernelDescription) -> str:
         """See `Kernel.source`."""
@@ -256,6 +290,7 @@ class DecodeAttention(Kernel):
                 **dict.fromkeys("qkv", pointer(description.dtype)),
                 **dict.fromkeys(("q_positions", "index", "kv_lens"), pointer(torch.int64)),
                 **dict.fromkeys(("out", "lse"), pointer(torch.float32)),
+                **term_signature(description),
                 "softmax_scale": "fp32",
                 **dict.fromkeys(integers, "i32"),
                 **dict.fromkeys(strides, stride_type(head_dim, value_dim)),
@@ -271,6 +306,7 @@ class DecodeAttention(Kernel):
                 "SPAN": description.span,
                 "NUM_SINK_TOKENS": description.num_sink_tokens,
                 "SOFTCAP": description.softcap,
+                **term_constants(description),
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_D": tile_width(head_dim),
@@ -313,6 +349,10 @@ def attend_splits(
     kv_lens: Tensor,
     *,
     softmax_scale: float,
+    kv_len: int = 0,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> None:
     """Launch the kernel alone: one partial output and lse for each split.
 
@@ -320,7 +360,9 @@ def attend_splits(
         out: fp32 [num_splits, batch_size, num_heads, q_len, value_dim], contiguous; written.
         lse: fp32 [num_splits, batch_size, num_heads, q_len], contiguous; written.
         index: from `index_of`.
+        kv_len: entries that a bias has.
     """
+    terms, bias_strides = term_arguments(description, q, kv_len, bias, sinks, slopes)
     shared = description.form == "shared"
     (batch_size, num_heads, q_len, _), num_kv_heads = q.shape, k.shape[1]
     num_rows = description.group_size * q_len * (batch_size if shared else 1)
@@ -328,8 +370,8 @@ def attend_splits(
     block_m = config_for(description).block_m
     grid = (requests * num_kv_heads, triton.cdiv(num_rows, block_m), num_splits)
     sizes = (num_kv_heads, q_len, num_rows, batch_size * num_heads * q_len, num_splits)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *index[1:])
-    tensors = (q, k, v, q_positions, index[0], kv_lens, out, lse)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *index[1:], *bias_strides)
+    tensors = (q, k, v, q_positions, index[0], kv_lens, out, lse, *terms)
     run(DECODE_ATTENTION, description, grid, (*tensors, softmax_scale, *sizes, *strides))
 
 
@@ -345,6 +387,9 @@ def decode_attention(
     k_positions: Tensor | None = None,
     block_table: Tensor | None = None,
     num_splits: int | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over cached entries, split and merged.
 
@@ -355,10 +400,11 @@ def decode_attention(
         kv_lens: int64 [batch_size], entries in use; None = the capacity.
         k_positions: of `slots`; block_table: of `paged`.
         num_splits: None = from the device.
+        bias, sinks, slopes: the terms that the description names (see `score_terms`).
 
     Returns:
         out bhsd [batch_size, num_heads, q_len, value_dim] in q's dtype, and lse fp32
-        [batch_size, num_heads, q_len].
+        [batch_size, num_heads, q_len], a sink counted in.
 
     Raises:
         InputError: tensors that are not as described.
@@ -388,6 +434,10 @@ def decode_attention(
         index,
         kv_lens,
         softmax_scale=softmax_scale,
+        kv_len=kv_len,
+        bias=bias,
+        sinks=sinks,
+        slopes=slopes,
     )
     return merge_lse(merging(description), out, lse)
 

@@ -1,6 +1,6 @@
 """Attention of many queries over contiguous keys and values; masked tiles cost nothing.
 
-    out = softmax(softcap(q kᵀ · softmax_scale), masked by structure and by tiles) v
+    out = softmax(softcap(q kᵀ · softmax_scale) + terms, masked by structure and by tiles) v
     lse = log Σ exp(the same scores)
 
 Layout: q bhsd [batch_size, num_heads, q_len, head_dim], k and v bhsd [batch_size, num_kv_heads, kv_len,
@@ -45,6 +45,14 @@ from codegen.triton_kernels.attention_limits import (
 from codegen.triton_kernels.generate import Launch, generate, pointer, run
 from codegen.triton_kernels.online_softmax import LOG2_E, capped, finish, fold_in
 from codegen.triton_kernels.product import product
+from codegen.triton_kernels.score_terms import (
+    TERMS,
+    join_sink,
+    term_arguments,
+    term_constants,
+    term_signature,
+    with_terms,
+)
 from codegen.triton_kernels.visibility import entry_range, sees, structure
 from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
@@ -107,6 +115,9 @@ def prefill_attention_kernel(
     tile_counts: tl.tensor,  # [batch_size, num_heads, q blocks]: how many of them
     out: tl.tensor,
     lse: tl.tensor,
+    bias: tl.tensor,  # these three are read where the constants say so
+    sinks: tl.tensor,
+    slopes: tl.tensor,
     softmax_scale: tl.tensor,
     batch_size: tl.tensor,
     num_heads: tl.tensor,
@@ -124,6 +135,10 @@ def prefill_attention_kernel(
     v_row: tl.tensor,
     list_batch: tl.tensor,  # strides of tile_counts; 0 where requests or heads share a list
     list_head: tl.tensor,
+    bias_batch: tl.tensor,
+    bias_head: tl.tensor,
+    bias_row: tl.tensor,
+    bias_entry: tl.tensor,
     # +operands
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -132,6 +147,9 @@ def prefill_attention_kernel(
     SPAN: tl.constexpr,
     NUM_SINK_TOKENS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOPED: tl.constexpr,
     LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -155,22 +173,29 @@ def prefill_attention_kernel(
         other=0.0,
     )  # [M, D]
 
-    # Tiles to visit: those of the sinks, [first_sink, first_sink + sinks), then those from low_tile on.
+    # Tiles to visit: those of the sinks, [first_sink, first_sink + pinned), then those from low_tile on.
     first = tl.maximum(q_start + block * BLOCK_M - start, 0)
     last = tl.minimum(q_start + tl.minimum(block * BLOCK_M + BLOCK_M, q_len), kv_len) - 1 - start
     low, high = entry_range(first, last, kv_len - start, MASK, SPAN)
     low_tile = (low + start) // BLOCK_N
     first_sink = start // BLOCK_N
-    sinks = start * 0
+    pinned = start * 0
     if MASK == "sinks_window":
-        sinks = tl.minimum(tl.cdiv(start + NUM_SINK_TOKENS, BLOCK_N), low_tile) - first_sink
-    num_tiles = sinks + tl.maximum(tl.cdiv(high + start, BLOCK_N) - low_tile, 0)
+        pinned = tl.minimum(tl.cdiv(start + NUM_SINK_TOKENS, BLOCK_N), low_tile) - first_sink
+    num_tiles = pinned + tl.maximum(tl.cdiv(high + start, BLOCK_N) - low_tile, 0)
     listed = request * list_batch + head * list_head + block
     if LISTED:
         num_tiles = tl.load(tile_counts + listed).to(tl.int32)
 
     k += request * k_batch + head // GROUP_SIZE * k_head
     v += request * v_batch + head // GROUP_SIZE * v_head
+    slope = 0.0
+    if SLOPED:
+        slope = tl.load(slopes + head)
+    if BIAS != "":
+        bias += (
+            request * bias_batch + head * bias_head + t.to(tl.int64)[:, None] * bias_row
+        )  # [M, 1]
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -178,7 +203,7 @@ def prefill_attention_kernel(
         if LISTED:
             tile = tl.load(tiles + listed * tl.cdiv(kv_len, BLOCK_N) + turn).to(tl.int32)
         else:
-            tile = tl.where(turn < sinks, first_sink + turn, low_tile + turn - sinks)
+            tile = tl.where(turn < pinned, first_sink + turn, low_tile + turn - pinned)
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
         j = tl.where(n < kv_len, n - start, -1)
         holds = j >= 0
@@ -194,13 +219,27 @@ def prefill_attention_kernel(
             other=0.0,
         )  # [N, V]
         scores = product(queries, tl.trans(keys)) * softmax_scale  # [M, N]
-        scores = capped(scores, SOFTCAP) * LOG2_E
+        scores = capped(scores, SOFTCAP)
+        if BIAS != "" or SLOPED:
+            added = bias + n.to(tl.int64)[None, :] * bias_entry
+            scores = with_terms(
+                scores,
+                j[None, :] - i[:, None],
+                slope,
+                added,
+                in_rows[:, None] & (n < kv_len)[None, :],
+                BIAS,
+                SLOPED,
+            )
+        scores *= LOG2_E
         keep = sees(i[:, None], j[None, :], MASK, SPAN, NUM_SINK_TOKENS)
         scores = tl.where(keep, scores, float("-inf"))
         weights, shrink, peak, total = fold_in(scores, peak, total)
         acc = acc * shrink[:, None]
         acc += product(weights.to(values.dtype), values)  # [M, V]
 
+    if SINKS:
+        acc, peak, total = join_sink(acc, peak, total, tl.load(sinks + head) * LOG2_E)
     acc, row_lse = finish(acc, peak, total)
     flat = (request * num_heads + head) * q_len + t
     # +epilogue: acc [flat[:, None], c[None, :]] mask [in_rows[:, None], (c < VALUE_DIM)[None, :]]
@@ -220,7 +259,9 @@ class PrefillAttention(Kernel):
 
     def supports(self, description: KernelDescription) -> str | None:
         """See `Kernel.supports`."""
-        return refusal(description, layouts=("bhsd",), forms=("", "block_mask"), epilogue=True)
+        return refusal(
+            description, layouts=("bhsd",), forms=("", "block_mask"), terms=TERMS, epilogue=True
+        )
 
     def source(self, description: KernelDescription) -> str:
         """See `Kernel.source`."""
@@ -238,6 +279,7 @@ class PrefillAttention(Kernel):
                 **dict.fromkeys(("starts", "tiles", "tile_counts"), pointer(torch.int64)),
                 "out": pointer(_result_dtype(description)),
                 "lse": pointer(torch.float32),
+                **term_signature(description),
                 "softmax_scale": "fp32",
                 **dict.fromkeys(integers, "i32"),
                 **dict.fromkeys(strides, stride_type(head_dim, value_dim)),
@@ -251,6 +293,7 @@ class PrefillAttention(Kernel):
                 "SPAN": description.span,
                 "NUM_SINK_TOKENS": description.num_sink_tokens,
                 "SOFTCAP": description.softcap,
+                **term_constants(description),
                 "LISTED": description.form == "block_mask",
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
@@ -322,6 +365,9 @@ def prefill_attention(
     q_start: int | None = None,
     starts: Tensor | None = None,
     block_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of consecutive queries, then the description's epilogue.
 
@@ -334,6 +380,7 @@ def prefill_attention(
         block_mask: bool [num_q_blocks, num_kv_blocks], also with batch_size and num_heads (or 1) in
             front, of tiles as large as `config_for` says, True = compute. Tiles that the mask's
             structure hides should be False: they are computed for nothing.
+        bias, sinks, slopes: the terms that the description names (see `score_terms`).
 
     Returns:
         out bhsd [batch_size, num_heads, q_len, value_dim] and lse fp32 [batch_size, num_heads, q_len].
@@ -352,9 +399,10 @@ def prefill_attention(
     lse = q.new_empty(out.shape[:-1], dtype=torch.float32)
     extra = epilogue.launch_arguments(operands, lse.numel(), width) if epilogue else []
     q_start = kv_len - q_len if q_start is None else q_start
+    terms, bias_strides = term_arguments(description, q, kv_len, bias, sinks, slopes)
     sizes = (batch_size, num_heads, q_len, kv_len, q_start)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_strides)
-    tensors = (q, k, v, starts, tiles, counts, out, lse)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_strides, *bias_strides)
+    tensors = (q, k, v, starts, tiles, counts, out, lse, *terms)
     grid = (batch_size * num_heads, triton.cdiv(q_len, config_for(description).block_m))
     arguments = (*tensors, softmax_scale, *sizes, *strides, *extra)
     run(PREFILL_ATTENTION, description, grid, arguments)

@@ -16,6 +16,7 @@ from codegen.cpp_kernels.compiler import (
     compile_library,
     find_compiler,
     inline_headers,
+    why_no_compiler,
 )
 from codegen.cpp_kernels.provenance import provenance
 from codegen.kernel import safe_name
@@ -55,6 +56,20 @@ def test_compiler_that_does_not_answer(no_compiler: None, tmp_path: Path) -> Non
     broken.write_text("#!/bin/false\n")
     broken.chmod(0o755)
     assert find_compiler() is None
+
+
+def test_a_wrong_cxx_is_told_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
+    find_compiler.cache_clear()
+    try:
+        assert find_compiler() is None
+        with pytest.raises(ConfigError, match=r"nowhere' does not answer to --version"):
+            compile_library(ANSWER)
+        assert "nowhere" in (why_no_compiler() or "")
+    finally:
+        find_compiler.cache_clear()
 
 
 def test_unknown_instruction_set() -> None:
