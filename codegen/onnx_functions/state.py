@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from codegen.onnx_functions.rope import turn
-from rewriter.dialect.random_entries import _refilled, _visible
 from rewriter.dialect.streaming import _slots
 
-__all__ = ["append_entries", "attend_ring", "random_entries", "streaming_entries"]
+__all__ = ["append_entries", "attend_ring", "entries_mask", "streaming_entries"]
 
 
 def append_entries(past: Tensor, new: Tensor) -> Tensor:
@@ -41,29 +40,16 @@ def streaming_entries(
     sink = torch.arange(entries.shape[1], device=entries.device) < num_sink_tokens
     hidden = hidden | (~sink & (distance >= recent_window))
     distance = torch.where(sink, distance - shift.unsqueeze(2), distance)
-    return slots, distance, _mask(hidden), ranks, slot_positions.scatter(1, slots, q_positions)
+    return (
+        slots,
+        distance,
+        entries_mask(hidden),
+        ranks,
+        slot_positions.scatter(1, slots, q_positions),
+    )
 
 
-def random_entries(
-    slot_positions: Tensor, q_positions: Tensor, *, num_random: int, recent_window: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`rewriter::random_entries` with kv_len = R + W + 1 + q_len, and the positions afterwards."""
-    budget = num_random + recent_window
-    spare = torch.full_like(slot_positions[:, :1], -1)
-    entries = torch.cat((slot_positions[:, :budget], q_positions), dim=1)
-    queries = torch.cat((q_positions, entries.amax(1, keepdim=True)), dim=1)
-    distance, seen = _visible(entries, queries, num_random, recent_window, seed)
-    slots = _refilled(seen[:, -1], budget)
-    kept = slot_positions.scatter(1, slots, q_positions)
-    distance, hidden = distance[:, :-1], ~seen[:, :-1]
-    none = torch.ones_like(hidden[:, :, :1])
-    hidden = torch.cat((hidden[:, :, :budget], none, hidden[:, :, budget:]), dim=2)
-    far = torch.zeros_like(distance[:, :, :1])
-    distance = torch.cat((distance[:, :, :budget], far, distance[:, :, budget:]), dim=2)
-    return slots, distance, _mask(hidden), torch.cat((kept[:, :budget], spare), dim=1)
-
-
-def _mask(hidden: Tensor) -> Tensor:
+def entries_mask(hidden: Tensor) -> Tensor:
     """fp32 [batch_size, 1, q_len, kv_len]: -inf where hidden. A row of padding sees everything."""
     hidden = hidden & ~hidden.all(2, keepdim=True)
     return torch.where(hidden, -math.inf, 0.0).unsqueeze(1)
@@ -105,8 +91,8 @@ def attend_ring(
         def turned(x: Tensor, first: int, length: int) -> Tensor:
             if ranks is not None:
                 return turn(x, cos, sin, ranks[:, first : first + length], interleaved=interleaved)
-            tables = (t.squeeze(1)[:, first : first + length] for t in (cos, sin))
-            return turn(x, *tables, None, interleaved=interleaved)
+            at_cos, at_sin = (t.squeeze(1)[:, first : first + length] for t in (cos, sin))
+            return turn(x, at_cos, at_sin, None, interleaved=interleaved)
 
         k_ring, k = turned(k_ring, 0, capacity), turned(k, capacity, q_len)
         near, far = (turned(q, capacity + q_len * times, q_len) for times in (1, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -93,9 +94,9 @@ def _source(program: Program, tables: tuple[fx.Node, fx.Node]) -> fx.Node | None
 
 def _ranks(program: Program, ranks: fx.Node) -> int:
     """Ranks that a call can ask for: those of all slots, and of the new tokens behind them."""
-    call = ranks.args[0]
-    assert isinstance(call, fx.Node) and program.decoding is not None
-    budget = call.kwargs["num_sink_tokens"] + call.kwargs["recent_window"]  # pyright: ignore
+    call: Any = ranks.args[0]
+    assert program.decoding is not None
+    budget: int = call.kwargs["num_sink_tokens"] + call.kwargs["recent_window"]
     return budget + (program.decoding.max_chunk or budget)
 
 

@@ -61,18 +61,21 @@ def merged_users(node: fx.Node) -> list[fx.Node]:
 
 def _unchanged(node: fx.Node) -> fx.Node:
     """The first of a chain of reshapes that already had the node's shape."""
-    shape, found, current = _shape(node), node, node
+    shape = _shape(node)
+    found: Any = node
+    current: Any = node
     while shape is not None and current.target in RESHAPES:
-        current = current.args[0]  # pyright: ignore
+        current = current.args[0]
         if _shape(current) == shape:
             found = current
     return found
 
 
 def _swaps_heads(node: fx.Node) -> bool:
+    dims: Any = node.args[1:]
     if node.target is aten.transpose.int and _shape(node) is not None:
-        return {int(d) % 4 for d in node.args[1:]} == {1, 2} and node.meta["val"].dim() == 4
-    return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]
+        return {dim % 4 for dim in dims} == {1, 2} and node.meta["val"].dim() == 4
+    return node.target is aten.permute.default and list(dims[0]) == [0, 2, 1, 3]
 
 
 def _merged(node: fx.Node) -> tuple[str, ...]:

@@ -75,8 +75,8 @@ class _Projection:
 
 
 def _read_by(node: ir.Node, reader: ir.Node) -> bool:
-    uses = node.outputs[0].uses()
-    return len(uses) == 1 and uses[0].node is reader and not node.outputs[0].is_graph_output()
+    readers = [use.node for use in node.outputs[0].uses()]
+    return readers == [reader] and not node.outputs[0].is_graph_output()
 
 
 def _is_own_weight(value: ir.Value | None) -> bool:

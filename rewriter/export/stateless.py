@@ -26,11 +26,11 @@ from codegen.onnx_functions.positions import (
     rows_by_mask,
     rows_right_padded,
 )
+from codegen.onnx_functions.random_entries import random_entries
 from codegen.onnx_functions.rope import rope_by_table
 from codegen.onnx_functions.state import (
     append_entries,
     attend_ring,
-    random_entries,
     streaming_entries,
 )
 from rewriter.decoding.derive import logits_node
@@ -261,10 +261,9 @@ class Conversion:
 
     def _rotated(self, q: fx.Node, k: fx.Node) -> tuple[Any, Any, tuple[Any, Any], bool]:
         """q and k before a rotation that the operator can do, and its tables."""
-        found = [self.turned.get(x) for x in (q, k)]
-        if found[0] is None or found[1] is None:
+        if q not in self.turned or k not in self.turned:
             return q, k, (None, None), False
-        (x, baked, how), (y, other, same) = found
+        (x, baked, how), (y, other, same) = self.turned[q], self.turned[k]
         alike = (baked.cos, baked.sin, how) == (other.cos, other.sin, same)
         narrow = x.meta["val"].shape[3] % ROTATED_WIDTH or self._table_width(baked) % TABLE_WIDTH
         if not alike or narrow or baked.positions is not self.position_ids:

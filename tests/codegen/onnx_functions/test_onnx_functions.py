@@ -3,7 +3,8 @@
 import torch
 
 from codegen.onnx_functions.positions import by_mask, last_row, right_padded, rows_by_mask
-from codegen.onnx_functions.state import attend_ring, random_entries, streaming_entries
+from codegen.onnx_functions.random_entries import random_entries
+from codegen.onnx_functions.state import attend_ring, streaming_entries
 from rewriter.dialect import OPS
 
 SINKS, WINDOW = 2, 5
