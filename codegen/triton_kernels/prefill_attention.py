@@ -22,7 +22,7 @@ https://arxiv.org/abs/2407.02490
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -101,8 +101,12 @@ and gfx942. fp32 products run outside of tensor cores and keep whole rows of bot
 
 
 def config_for(description: KernelDescription) -> PrefillConfig:
-    """The shipped configuration."""
-    return CONFIGS[config_key(description)]
+    """The shipped configuration; addresses of a bias take as many registers again as its tile."""
+    config = CONFIGS[config_key(description)]
+    biased = "bias" in description.terms or "seen" in description.terms
+    if not biased:
+        return config
+    return replace(config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 32))
 
 
 @triton.jit

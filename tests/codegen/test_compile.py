@@ -34,12 +34,15 @@ def attention(head_dim: int) -> list[KernelDescription]:
     """What attention of one width needs."""
     plain: dict[str, Any] = {"head_dim": head_dim, "group_size": 4, "mask": "causal"}
     windowed = {**plain, "mask": "sliding_window", "span": 4096, "softcap": 50.0}
+    joined = {**plain, "terms": ("bias", "sinks", "slopes")}
     return [
         d("decode_attention", **plain),
         d("decode_attention", **windowed, layout="paged", page_size=16),
+        d("decode_attention", **joined),
         d("decode_attention", **plain, dtype=torch.float32),
         d("prefill_attention", **plain),
         d("prefill_attention", **windowed),
+        d("prefill_attention", **joined),
         d("prefill_attention", **plain, dtype=torch.float32),
         d("merge_lse", head_dim=head_dim, weight_dtype=torch.float32, epilogue=RESIDUAL),
         d("shared_prefix_attention", **plain),
@@ -99,7 +102,7 @@ def test_shipped_configurations_spill_nothing(target: str) -> None:
 
 
 def test_the_oldest_target_spills_nothing() -> None:
-    some = [*attention(128)[:4], *OTHERS[:2]]
+    some = [*attention(128)[:5], *OTHERS[:2]]
     compiled = compile_texts(texts_of(some), "cuda:sm_80")
     assert [n for n, c in compiled.items() if c.facts["spilled_bytes"]] == []
     assert max(c.facts["shared_bytes"] for c in compiled.values()) <= 163 * 1024
