@@ -113,7 +113,7 @@ def store_data(model: ir.Model, path: Path) -> dict[str, Any] | None:
                 offset,
                 len(content),
                 tensor.dtype,
-                shape=ir.Shape(list(tensor.shape)),
+                shape=ir.Shape([int(extent) for extent in tensor.shape]),
                 name=value.name or "",
                 base_dir=path.parent,
             )

@@ -35,3 +35,14 @@ def test_family(family, ep, operator, tmp_path):
     summary = export_onnx(optimized, tmp_path / "model.onnx", ep=ep)
     assert summary.operators[operator] == model.config.num_hidden_layers
     assert summary.agreement["greedy"] == 1.0
+
+
+def test_a_trained_model_with_narrow_heads(stories260k, tmp_path):
+    """Heads of 8: the runtime's operator attends, RotaryEmbedding turns; the embeddings are stored once."""
+    optimized = optimize(stories260k, passes="default", verify=False, backend="eager")
+    summary = export_onnx(optimized, tmp_path / "model.onnx", ep="cpu", max_length=64)
+    layers = optimized.config["num_hidden_layers"]
+    assert summary.operators[GROUPED] == layers
+    assert summary.operators["RotaryEmbedding"] == 2 * layers
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in optimized.parameters()}
+    assert summary.bytes < 1.4 * sum(weights.values()) + 2**19
