@@ -235,7 +235,6 @@ inline bool online_softmax(float* scores, int count, float& peak, float& total, 
     float highest = fold(most, [](Vec a, Vec b) { return a > b ? a : b; });
     float shift = highest == -INFINITY ? 0.0f : highest;  // nothing seen yet: -inf + inf would be NaN
     Vec sum = {};
-    // Not vector by vector: a loop of so few turns is unrolled before it could become vector code.
     for (int i = 0; i < padded; ++i) scores[i] = exp_(scores[i] - shift);
     for (int i = 0; i < padded; i += LANES) sum += load(scores + i);
     keep = exp_(peak - shift);

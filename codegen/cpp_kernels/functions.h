@@ -5,7 +5,7 @@
 namespace rw {
 
 // e^x by 2^n times a polynomial of degree 6; relative error below 2e-7. -inf gives 0, NaN stays NaN. Always
-// inlined: loops over a call, which compilers prefer as it is long, do not become vector code.
+// inlined, as it is called from the innermost loops and compilers find it too long to do so.
 __attribute__((always_inline)) inline float exp_(float x) {
     float bounded = x < -87.336544f ? -87.336544f : x;
     bounded = bounded > 88.722839f ? 88.722839f : bounded;
