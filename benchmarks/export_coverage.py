@@ -25,6 +25,8 @@ from rich.console import Console
 
 from rewriter import RewriterError, optimize
 from rewriter.export.onnx_export import export_onnx
+from rewriter.optimized import OptimizedModel
+from rewriter.program import StateSpec
 
 RESULT = Path(__file__).parent / "results" / "export-coverage.json"
 GROUPED = "com.microsoft::GroupQueryAttention"
@@ -82,6 +84,9 @@ def _outcome(family: families.Family, flavour: Flavour) -> dict[str, Any]:
         optimized = optimize(model, passes=flavour.passes, verify=False, backend="eager")
         if optimized.program.decoding is None:
             return {"status": "no decoding", "reason": optimized.report.decoding}
+        if flavour.passes != "default" and not any(s.bounded for s in _states(optimized)):
+            reason = optimized.report.misses[0].reason if optimized.report.misses else "no site"
+            return {"status": "no match", "reason": reason}
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             summary = export_onnx(optimized, Path(directory) / "model.onnx", ep=flavour.ep)
@@ -90,13 +95,18 @@ def _outcome(family: families.Family, flavour: Flavour) -> dict[str, Any]:
         return {"status": "wrong" if wrong else "refused", "reason": str(error)[:300]}
     return {
         "status": "equal",
-        "layers": len({s.layer for s in optimized.program.decoding.states if s.layer is not None}),
+        "layers": len({s.layer for s in _states(optimized) if s.layer is not None}),
         "attention": summary.operators.get("Attention", 0),
         "group_query_attention": summary.operators.get(GROUPED, 0),
         "error": float(f"{summary.agreement['error']:.2g}"),
         "decomposed": sorted(summary.decomposed),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def _states(optimized: OptimizedModel) -> tuple[StateSpec, ...]:
+    decoding = optimized.program.decoding
+    return () if decoding is None else decoding.states
 
 
 if __name__ == "__main__":
