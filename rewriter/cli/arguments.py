@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rewriter.errors import ConfigError
 
+if TYPE_CHECKING:  # commands that need no PyTorch start without it
+    import torch
+    from torch import Tensor
+
 __all__ = ["check_file", "examples", "parse_dtype", "parse_ids"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_file(path: Path, field: str = "html") -> None:
@@ -38,6 +40,8 @@ def _example(text: str) -> Tensor:
     parts = text.lower().split("x")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise ConfigError("input-shape", text, "positive integers joined by x, e.g. 1x3x224x224")
+    import torch
+
     return torch.randn(*(int(part) for part in parts))
 
 
@@ -55,4 +59,6 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
     """A dtype by its name; None stays None. Raises ConfigError."""
     if text is not None and text not in DTYPES:
         raise ConfigError("dtype", text, f"one of {', '.join(DTYPES)}")
-    return None if text is None else DTYPES[text]
+    import torch
+
+    return None if text is None else getattr(torch, text)

@@ -41,8 +41,10 @@ OnStage = Callable[..., None]
 def stages() -> Iterator[OnStage]:
     """A callable that names the stage at work, for stderr: a spinner and a clock on a terminal.
 
-    Elsewhere each stage that took over two seconds leaves a line.
+    Elsewhere each stage that took over two seconds leaves a line. What libraries below would show of
+    their own is left out.
     """
+    _quiet_libraries()
     if not err.is_terminal:
         with _timed_lines() as on_stage:
             yield on_stage
@@ -80,7 +82,7 @@ def guarded(debug: bool) -> Iterator[None]:
     """Turn errors into one line and an exit code; `debug` lets them through."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _quiet_libraries()
+        logging.getLogger("rewriter").addHandler(logging.NullHandler())
         try:
             yield
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
@@ -110,7 +112,6 @@ def _quiet_libraries() -> None:
     """Progress bars and advice of the libraries below would mix with ours."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("rewriter").addHandler(logging.NullHandler())
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

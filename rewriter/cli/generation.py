@@ -15,7 +15,7 @@ from rewriter.cli.console import err, write_json
 from rewriter.errors import ConfigError, InputError, ModelError
 from rewriter.optimized import OptimizedModel
 
-__all__ = ["Sampling", "generate_text", "generate_with_onnx"]
+__all__ = ["Sampling", "generate_text"]
 
 
 @dataclass(frozen=True)
@@ -74,39 +74,6 @@ def generate_text(
         result = {"prompt_ids": ids[0].tolist(), "ids": output[0].tolist(), "new_ids": new}
         write_json(result | {"text": text, "seconds": seconds, "tokens_per_s": len(new) / seconds})
         return
-    err.print(f"{len(new)} tokens, {len(new) / seconds:.0f} tokens/s", style="dim")
-
-
-def generate_with_onnx(
-    path: Path,
-    prompt: str | None,
-    prompt_ids: list[int] | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    as_json: bool,
-) -> None:
-    """The same with an ONNX artifact, in ONNX Runtime; without a tokenizer, ids are shown."""
-    from rewriter.deploy import OnnxDecoder
-
-    decoder = OnnxDecoder(path)
-    given = decoder.encode(prompt) if prompt is not None else prompt_ids or []
-    start = time.perf_counter()
-    new: list[int] = []
-    text = ""
-    for piece in decoder.stream(given, max_new_tokens=max_new_tokens, **vars(sampling)):
-        new += piece.ids
-        text += piece.text
-        if not as_json:
-            plain = "".join(f"{token} " for token in piece.ids)
-            sys.stdout.write(plain if decoder.tokenizer is None else piece.text)
-            sys.stdout.flush()
-    seconds = time.perf_counter() - start
-    if as_json:
-        result = {"prompt_ids": given, "ids": [*given, *new], "new_ids": new}
-        shown = None if decoder.tokenizer is None else text
-        write_json(result | {"text": shown, "seconds": seconds, "tokens_per_s": len(new) / seconds})
-        return
-    sys.stdout.write("\n")
     err.print(f"{len(new)} tokens, {len(new) / seconds:.0f} tokens/s", style="dim")
 
 

@@ -9,7 +9,6 @@ import typer
 
 from rewriter.cli.arguments import check_file, examples, parse_ids
 from rewriter.cli.console import guarded, out, stages, write_json
-from rewriter.cli.generation import Sampling, generate_text, generate_with_onnx
 from rewriter.errors import ConfigError
 from rewriter.export.formats import artifact_kind
 
@@ -148,12 +147,17 @@ def generate(
     with guarded(debug):
         if (prompt is None) == (prompt_ids is None):
             raise ConfigError("prompt", prompt, "exactly one of --prompt and --prompt-ids")
-        sampling = Sampling(temperature, top_k, top_p, seed)
         ids = parse_ids(prompt_ids)
+        chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         if artifact_kind(Path(model)) == "onnx":
+            from rewriter.cli.onnx_generation import generate_with_onnx
+
             _refuse_passes(passes)
-            generate_with_onnx(Path(model), prompt, ids, max_new_tokens, sampling, as_json)
+            generate_with_onnx(Path(model), prompt, ids, max_new_tokens, as_json, **chosen)
             return
+        from rewriter.cli.generation import Sampling, generate_text
+
+        sampling = Sampling(**chosen)
         with stages() as on_stage:
             optimized = _optimized_or_saved(model, passes, on_stage)
         generate_text(optimized, prompt, ids, max_new_tokens, sampling, as_json)
