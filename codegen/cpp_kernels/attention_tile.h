@@ -235,8 +235,11 @@ inline bool online_softmax(float* scores, int count, float& peak, float& total, 
     float highest = fold(most, [](Vec a, Vec b) { return a > b ? a : b; });
     float shift = highest == -INFINITY ? 0.0f : highest;  // nothing seen yet: -inf + inf would be NaN
     Vec sum = {};
-    for (int i = 0; i < padded; ++i) scores[i] = exp_(scores[i] - shift);
-    for (int i = 0; i < padded; i += LANES) sum += load(scores + i);
+    for (int i = 0; i < padded; i += LANES) {
+        Vec weight = exp_(load(scores + i) - splat(shift));
+        store(scores + i, weight);
+        sum += weight;
+    }
     keep = exp_(peak - shift);
     float added = fold(sum, [](Vec a, Vec b) { return a + b; });
     total = total * keep + added;

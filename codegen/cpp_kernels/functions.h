@@ -30,6 +30,27 @@ __attribute__((always_inline)) inline float exp_(float x) {
     return x != x ? x : result;
 }
 
+// The same of a whole vector, as compilers do not vectorise the scalar one where its bits are moved.
+inline Vec exp_(Vec x) {
+    const Vec least = splat(-87.336544f), most = splat(88.722839f), round = splat(12582912.0f);  // 1.5 * 2^23
+    Vec bounded = x < least ? least : x;
+    bounded = bounded > most ? most : bounded;
+    Vec n = (bounded * splat(1.44269504088896341f) + round) - round;
+    Vec r = bounded - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    VecI32 whole = __builtin_convertvector(n, VecI32), half = whole >> 1;
+    Vec result = p * (Vec)((half + 127) << 23) * (Vec)((whole - half + 127) << 23);
+    result = x < least ? Vec{} : result;
+    result = x > most ? splat(INFINITY) : result;
+    return x != x ? x : result;
+}
+
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
 inline float silu(float x) { return x / (1.0f + exp_(-x)); }
 

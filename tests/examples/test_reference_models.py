@@ -173,7 +173,9 @@ def test_the_reasoner_forgets_what_its_cache_dropped(reasoner):
     samples = draw_samples("retrieval", encoding, 300, 16, 4, seed=0)
     passes = ["streaming-llm{num_sink_tokens=4,recent_window=146}", "default"]
     with torch.no_grad():
-        grades = grade(optimize(model, passes=passes), encoding, samples, "multi-request")
+        grades = grade(optimize(model, passes=passes), encoding, samples, ["multi-request"])[
+            "multi-request"
+        ]
     right = {0.0: [], 1.0: []}
     for held, scores in zip(grades.held, grades.right, strict=True):
         for share, score in zip(held, scores, strict=True):
