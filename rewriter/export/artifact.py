@@ -126,6 +126,7 @@ def program_to_json(program: Program, aliases: dict[str, dict[str, Any]]) -> dic
 
 
 def copy_tokenizer(source: Path | None, directory: Path) -> None:
+    """Of a Hugging Face directory; without one there is nothing to copy."""
     if source is None:
         return
     for name in TOKENIZER_FILES:

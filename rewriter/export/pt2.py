@@ -291,8 +291,8 @@ def _write(
         writer.add(f"native/step{i}.cpp", source.encode())
         writer.add(f"native/step{i}.so", library)
     for entry in compiled:
-        for file in entry.files:
-            writer.add(f"data/aotinductor/{entry.name}/{file.name}", file.read_bytes())
+        for name, content in entry.files.items():
+            writer.add(f"data/aotinductor/{entry.name}/{name}", content)
     for name, data in _ARCHIVE.items():
         writer.add(name, data)
 

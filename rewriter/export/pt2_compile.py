@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.utils import fresh_cache
 
 from codegen.cpp_kernels.compiler import find_compiler
 from rewriter.errors import ConfigError, ExportError
@@ -38,13 +39,13 @@ class Compiled:
     """An entry as it goes into the file.
 
     Attributes:
-        files: its shared object, source and metadata.
+        files: its shared object, source and metadata, by name.
         inputs: name, dtype and dimensions of each, as JSON.
         constants: tensors that it needs besides the weights and states, by name.
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: dict[str, bytes]
     inputs: list[dict[str, Any]]
     constants: dict[str, Tensor]
 
@@ -96,11 +97,15 @@ def compile_entry(entry: Entry) -> Compiled:
             "aot_inductor.metadata": {"inputs": " ".join(spec.name for spec in entry.inputs)},
         }
         try:
-            files: Any = torch._inductor.aot_compile(module, entry.example, options=options)
+            # Names of files in the compiler's cache leave out the extents of constants: an entry for
+            # another `max_length` would be taken for this one.
+            with fresh_cache():
+                made: Any = torch._inductor.aot_compile(module, entry.example, options=options)
+                files = {path.name: path.read_bytes() for path in map(Path, made)}
         except Exception as error:
             raise _failed(entry, "compiled", error) from error
     constants = {n: t for n, t in exported.constants.items() if isinstance(t, Tensor)}
-    return Compiled(entry.name, tuple(map(Path, files)), _inputs(entry), constants)
+    return Compiled(entry.name, files, _inputs(entry), constants)
 
 
 def _inputs(entry: Entry) -> list[dict[str, Any]]:
