@@ -2,8 +2,9 @@
 
     scores = softcap(q kᵀ · softmax_scale) + bias + slope · (j - i)
 
-A sink is one more score, which has no value. A bias broadcasts to [batch_size, num_heads, q_len, entries], entries being numbered as in storage; of
-bool it says what is visible (`seen`). Sinks and slopes are [num_heads]. Sources:
+A sink is one more score, which has no value. A bias broadcasts to [batch_size, num_heads, q_len, entries],
+entries being numbered as in storage; of bool it says what is visible (`seen`). Sinks and slopes are
+[num_heads]. Sources:
 https://arxiv.org/abs/2108.12409 (ALiBi), https://arxiv.org/abs/2309.17453 (sinks)
 """
 

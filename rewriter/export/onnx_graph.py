@@ -48,19 +48,55 @@ def name_ports(model: ir.Model, inputs: Sequence[Port], outputs: Sequence[Port])
 
 
 def store_transposed(model: ir.Model) -> None:
-    """Weights that are only read transposed are stored so; one that is read both ways stays as it is."""
+    """Weights that are read transposed are stored so; look-ups in them (tied embeddings) turn round.
+
+    A product with a weight that lies as it is read needs no copy of it, and takes the runtime's best way.
+    """
     graph = model.graph
     for value in list(graph.initializers.values()):
         users = [use.node for use in value.uses()]
-        if value.is_graph_input() or not users or not all(map(_transposes, users)):
+        turning = [node for node in users if _transposes(node)]
+        lookups = [node for node in users if _looks_up(node, value)]
+        if value.is_graph_input() or not turning or len(turning) + len(lookups) < len(users):
             continue
         tensor = value.const_value
         assert tensor is not None
         value.const_value = _transposed(tensor)
         value.shape = ir.Shape(value.const_value.shape)
-        for node in users:
+        for node in turning:
             ir.convenience.replace_all_uses_with(node.outputs[0], value)
             graph.remove(node, safe=True)
+        for node in lookups:
+            _look_up_columns(graph, node)
+
+
+def _looks_up(node: ir.Node, table: ir.Value) -> bool:
+    """Whether it gathers rows of the table, by indices of known rank."""
+    axis = node.attributes.get("axis")
+    return (
+        node.op_type == "Gather"
+        and node.inputs[0] is table
+        and (axis is None or axis.as_int() == 0)
+        and node.inputs[1] is not None
+        and node.inputs[1].shape is not None
+        and not any(value.is_graph_output() for value in node.outputs)
+    )
+
+
+def _look_up_columns(graph: ir.Graph, node: ir.Node) -> None:
+    """Gather columns of the table, which now lies the other way round, as rows."""
+    table, indices = node.inputs
+    assert indices is not None and indices.shape is not None
+    out, rank = node.outputs[0], len(indices.shape)
+    columns = ir.node("Gather", [table, indices], {"axis": 1}, name=f"{node.name}_columns")
+    perm = [*range(1, rank + 1), 0]
+    rows = ir.node("Transpose", columns.outputs, {"perm": perm}, name=f"{node.name}_rows")
+    rows.outputs[0].shape, rows.outputs[0].type = out.shape, out.type
+    columns.outputs[0].type = out.type
+    rows.outputs[0].name = f"{out.name}_rows"
+    graph.insert_before(node, (columns, rows))
+    ir.convenience.replace_all_uses_with(out, rows.outputs[0])
+    graph.remove(node, safe=True)
 
 
 def _transposes(node: ir.Node) -> bool:
@@ -113,7 +149,7 @@ def store_data(model: ir.Model, path: Path) -> dict[str, Any] | None:
                 offset,
                 len(content),
                 tensor.dtype,
-                shape=ir.Shape([int(extent) for extent in tensor.shape]),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=value.name or "",
                 base_dir=path.parent,
             )
