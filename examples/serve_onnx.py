@@ -1,8 +1,8 @@
 """An OpenAI-style server over an exported model, without PyTorch.
 
     pip install -e '.[onnx,serve]'
-    rewriter export MODEL -o out/
-    python examples/serve_onnx.py out/ --port 8000
+    rewriter export MODEL -o out/deployed
+    python examples/serve_onnx.py out/deployed --port 8000
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "once"}'
 
 `/v1/models` and `/v1/completions`, whole or streamed. Requests wait in a queue and run one at a time;
