@@ -129,7 +129,7 @@ def _start(
     model: Model, example_inputs: Examples, verify: bool | Verification, on_stage: OnStage | None
 ) -> _Start:
     report = new_report(model)
-    clock = Clock(report, on_stage)
+    clock = Clock(on_stage, report.seconds)
     prepared = prepare(model, example_inputs, report, clock)
     settings = verify if isinstance(verify, Verification) else Verification()
     if not verify:
@@ -148,7 +148,7 @@ def _rewritten(
     on_stage: OnStage | None = None,
 ) -> OptimizedModel:
     report, baseline = start.report.of_passes(map(str, passes)), start.baseline
-    clock = Clock(report, on_stage)
+    clock = Clock(on_stage, report.seconds)
     with clock("rewrite" if baseline is None else "rewrite and verify"):
         if baseline is None:
             verified = _unverified(start.base, passes)
@@ -185,7 +185,7 @@ def explain(
     requested = resolve_passes(passes)
     start = _start(model, example_inputs, False, on_stage)
     report = start.report.of_passes(map(str, requested))
-    with Clock(report, on_stage)("rewrite"):
+    with Clock(on_stage, report.seconds)("rewrite"):
         _record(report, _unverified(start.base, requested))
     return report
 

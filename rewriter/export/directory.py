@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "is_artifact",
     "read_json",
     "replaced",
+    "sync",
     "write_json",
     "write_manifest",
 ]
@@ -75,10 +76,10 @@ def replaced(directory: Path) -> Iterator[Path]:
         temporary.chmod(permissions(0o777))
         for path in temporary.iterdir():
             path.chmod(permissions(0o666))
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         _put_in_place(temporary, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -105,7 +106,8 @@ def permissions(mode: int) -> int:
     return mode & ~mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,10 +129,11 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
-def write_manifest(directory: Path) -> None:
-    """The format and the SHA-256 of every file."""
+def write_manifest(directory: Path, known: Mapping[str, str] | None = None) -> None:
+    """The format and the SHA-256 of every file; `known` ones were hashed when they were written."""
+    given = known or {}
     files = sorted(path.name for path in directory.iterdir())
-    hashes = {name: _sha256(directory / name) for name in files}
+    hashes = {name: given.get(name) or _sha256(directory / name) for name in files}
     write_json(directory / MANIFEST, {"format": FORMAT, "files": hashes})
 
 

@@ -46,10 +46,11 @@ def export_directory(
                 if values is not None:
                     write_json(place / name, values)
             copy_tokenizer(optimized.source_directory, place)
-            notes = _write_genai(open_onnx(place, check_data=False).metadata, place)
+            metadata = open_onnx(place, check_data=False).metadata
+            notes, data = _write_genai(metadata, place), metadata["data"]
             if on_stage is not None:
                 on_stage("hash")
-            write_manifest(place)
+            write_manifest(place, {data["file"]: data["sha256"]} if data else None)
     except OSError as error:
         raise ArtifactError(f"{directory} cannot be written: {error.strerror or error}") from error
     return dataclasses.replace(summary, path=directory, notes=(*summary.notes, *notes))

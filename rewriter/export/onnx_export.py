@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from rewriter.export.onnx_trace import trace, translate, with_dtypes
 from rewriter.export.ports import Functional, Port, StatePorts
 from rewriter.optimized import OptimizedModel
 from rewriter.report.json import report_to_json
+from rewriter.stages import Clock
 
 __all__ = ["PROVIDERS", "OnnxSummary", "export_onnx"]
 
@@ -102,7 +101,7 @@ def export_onnx(
     program = optimized.program
     dtype = weight_dtype(program) if dtype is None else dtype
     _check_dtype(ep, dtype)
-    clock = _Clock(on_stage)
+    clock = Clock(on_stage)
     path = Path(path).absolute()
     with clock("trace"):
         converted = cast(program, dtype)
@@ -134,7 +133,8 @@ def export_onnx(
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     size = sum(p.stat().st_size for p in (path, data_path(path)) if p.exists())
     operators, decomposed = metadata["operators"], metadata["decomposed"]
-    return OnnxSummary(path, size, operators, decomposed, agreement, clock.seconds)
+    seconds = {stage: round(taken, 3) for stage, taken in clock.seconds.items()}
+    return OnnxSummary(path, size, operators, decomposed, agreement, seconds)
 
 
 def _check_dtype(ep: str, dtype: torch.dtype) -> None:
@@ -150,21 +150,6 @@ def _check_options(ep: str, logits: str, max_length: int | None) -> None:
         raise ConfigError("logits", logits, f"one of {', '.join(LOGITS)}")
     if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
         raise ConfigError("max_length", max_length, "an integer of at least 1, or None")
-
-
-class _Clock:
-    """Seconds by stage; tells each as it starts."""
-
-    def __init__(self, on_stage: Callable[..., None] | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._tell = on_stage or (lambda _: None)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._tell(stage)
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 def _metadata(

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from rewriter.export.pt2_weights import Layout, index_text, layout, raw_bytes
 from rewriter.optimized import OptimizedModel
 from rewriter.program import Program
 from rewriter.report.json import report_to_json
+from rewriter.stages import Clock
 from rewriter.verify.inputs import whole_scenarios
 from rewriter.verify.scenarios import FlatScenario
 from rewriter.verify.verification import Verification
@@ -72,22 +71,6 @@ class Pt2Summary:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
-class _Stages:
-    """Tells of each stage as it starts, and keeps how long it took."""
-
-    def __init__(self, on_stage: OnStage | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._on_stage = on_stage
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self._on_stage is not None:
-            self._on_stage(name)
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - begun
-
-
 def export_pt2(
     optimized: OptimizedModel,
     path: str | Path,
@@ -117,7 +100,7 @@ def export_pt2(
             error, there is no file then.
     """
     check_target(target)
-    path, stages = Path(path), _Stages(on_stage)
+    path, stages = Path(path), Clock(on_stage)
     limits = _limits(optimized.program, max_length, batch)
     _demand_cpu(optimized.program)
     tensors, aliases = distinct_weights(optimized.program)
@@ -176,7 +159,7 @@ def _demand_cpu(program: Program) -> None:
 
 
 def _compile(
-    original: Program, program: Program, limits: Limits | None, stages: _Stages
+    original: Program, program: Program, limits: Limits | None, stages: Clock
 ) -> list[Compiled]:
     """All entries. original: with the shapes it was traced for, which `program` has not."""
     entries: tuple[Entry, ...]
@@ -210,7 +193,7 @@ def _violated(program: Program, scenario: FlatScenario) -> str | None:
     return violated(program.meta.get("guards", ()), scenario.inputs)
 
 
-def _native(program: Program, limits: Limits, stages: _Stages) -> list[Any]:
+def _native(program: Program, limits: Limits, stages: Clock) -> list[Any]:
     with stages("compile decode steps"):
         return [step_to_json(*item) for item in compiled_steps(program, limits.batch).items()]
 

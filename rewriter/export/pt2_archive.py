@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from rewriter.errors import ArtifactError
-from rewriter.export.directory import permissions
+from rewriter.export.directory import permissions, sync
 
 __all__ = ["FORMAT", "METADATA", "ROOT", "WEIGHTS", "Pt2File", "Pt2Writer", "open_pt2", "writing"]
 
@@ -113,21 +113,13 @@ def writing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(permissions(0o666))
         for place in (temporary, path.parent):
-            _sync(place)
+            sync(place)
         os.replace(temporary, path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
