@@ -11,6 +11,7 @@ __all__ = [
     "ModelError",
     "RewriteError",
     "RewriterError",
+    "SourceError",
     "VerificationError",
 ]
 
@@ -53,3 +54,7 @@ class ArtifactError(RewriterError):
 
 class ExportError(RewriterError):
     """A program cannot be written in the format asked for; names the operator or option and why."""
+
+
+class SourceError(RewriterError):
+    """A package of the IR dataset could not be fetched or built; says which step and why."""

@@ -74,8 +74,8 @@ def replaced(directory: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(permissions(0o777))
-        for path in temporary.iterdir():
-            path.chmod(permissions(0o666))
+        for path in temporary.rglob("*"):
+            path.chmod(permissions(0o777 if path.is_dir() else 0o666))
             sync(path)
         sync(temporary)
         _put_in_place(temporary, directory)

@@ -1,0 +1,270 @@
+"""Where tasks run: processes of this machine, or Ray. Same tasks, same keys, same bytes.
+
+A task is a stage's name and an encoded input; what it gives is stored by the worker, and only the hash
+comes back. Inputs may crash a worker or hang it: the task fails, with the reason, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rewriter.errors import ConfigError
+
+__all__ = ["Executor", "LocalExecutor", "Outcome", "RayExecutor", "Work", "make_executor"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: the hash of its output in the store, or the kind of failure and why."""
+
+    output: str = ""
+    error_kind: str = ""
+    error: str = ""
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage's tasks: each `payloads[i]` is one encoded input."""
+
+    stage: str
+    store: Path
+    payloads: Sequence[bytes]
+    timeout_s: float
+    """Wall time of one task, after which its worker is killed."""
+
+
+OnDone = Callable[[int, Outcome], None]
+"""Called in the parent with the position of the task, in whatever order they end."""
+
+
+class Executor(Protocol):
+    """Runs the tasks of one stage at a time."""
+
+    def run(self, work: Work, on_done: OnDone) -> None:
+        """Run all; returns when each has had its `on_done`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def perform(stage: str, root: str, payload: bytes) -> Outcome:
+    """Run one task in this process and store what it gives. Never raises an Exception."""
+    from ir_dataset.stages import STAGES
+    from ir_dataset.store import Store
+
+    started = time.perf_counter()
+    try:
+        output = STAGES[stage].perform(Store(root), payload)
+    except MemoryError:
+        return Outcome(error_kind="memory", error="out of memory")
+    except OSError as error:
+        return Outcome(error_kind="os", error=str(error), wall_s=time.perf_counter() - started)
+    except Exception as error:
+        kind = type(error).__name__
+        return Outcome(error_kind=kind, error=str(error), wall_s=time.perf_counter() - started)
+    return Outcome(output=output, wall_s=time.perf_counter() - started)
+
+
+def _start_worker() -> None:
+    """Die with the parent, whatever ends it."""
+    import ctypes
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    death_signal = 1
+    ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+
+
+class LocalExecutor:
+    """A pool of processes on this machine.
+
+    Args:
+        jobs: how many at a time.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+
+    def run(self, work: Work, on_done: OnDone) -> None:
+        """Keep `jobs` workers busy; a crashed or late worker is replaced."""
+        import multiprocessing
+
+        from pebble import ProcessPool
+
+        context: Any = multiprocessing.get_context("spawn")
+        with ProcessPool(
+            max_workers=min(self.jobs, max(len(work.payloads), 1)),
+            context=context,
+            initializer=_start_worker,
+        ) as pool:
+            futures = {
+                pool.schedule(
+                    perform,
+                    args=(work.stage, str(work.store), payload),
+                    timeout=work.timeout_s,
+                ): index
+                for index, payload in enumerate(work.payloads)
+            }
+            try:
+                for future in _as_completed(futures):
+                    on_done(futures[future], _outcome(future, work.timeout_s))
+            except BaseException:
+                pool.stop()
+                raise
+
+    def close(self) -> None:
+        """Nothing outlives `run`."""
+
+
+def _as_completed(futures: Any) -> Iterator[Any]:
+    from concurrent.futures import as_completed
+
+    return as_completed(futures)
+
+
+def _outcome(future: Any, timeout_s: float) -> Outcome:
+    from concurrent.futures import TimeoutError as Late
+
+    from pebble import ProcessExpired
+
+    try:
+        return future.result()
+    except Late:
+        return Outcome(error_kind="timeout", error=f"took over {timeout_s:g} s", wall_s=timeout_s)
+    except ProcessExpired as error:
+        code = error.exitcode
+        how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
+        return Outcome(error_kind="crash", error=f"the worker died: {how}")
+
+
+class RayExecutor:
+    """Tasks on a Ray cluster whose nodes see the store's directory.
+
+    Tasks travel in batches, since one costs Ray a millisecond. A batch whose worker dies is tried
+    again by Ray; a batch that fails for good is run task by task, so that one bad input takes nothing
+    else with it.
+
+    Args:
+        address: of a running cluster; None starts one here with `jobs` CPUs.
+        jobs: CPUs of a cluster started here.
+        batch: tasks sent at a time.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+
+    def __init__(self, jobs: int, address: str | None = None, batch: int = 32) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            allowed = "local, or ray once `pip install 'rewriter[ray]'` was run"
+            raise ConfigError("executor", "ray", allowed) from error
+        self.batch, self._ray = batch, ray
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=False)
+            else:
+                ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConfigError("ray-address", address, f"a running cluster ({error})") from error
+        self._perform = ray.remote(max_retries=3)(_perform_batch)
+
+    def run(self, work: Work, on_done: OnDone) -> None:
+        """Send batches, then singles where a batch was lost."""
+        size = max(1, min(self.batch, -(-len(work.payloads) // self._parallel())))
+        positions = list(range(len(work.payloads)))
+        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+        lost = [index for batch in self._send(work, batches, on_done) for index in batch]
+        for batch in self._send(work, [[index] for index in lost], on_done):
+            on_done(batch[0], Outcome(error_kind="crash", error="the worker died"))
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        self._ray.shutdown()
+
+    def _parallel(self) -> int:
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def _send(self, work: Work, batches: list[list[int]], on_done: OnDone) -> list[list[int]]:
+        """Run batches; returns those that gave nothing."""
+        pending = {
+            self._perform.remote(
+                work.stage, str(work.store), [work.payloads[index] for index in batch], work.timeout_s
+            ): batch
+            for batch in batches
+        }
+        lost = []
+        while pending:
+            (done,), _ = self._ray.wait(list(pending), num_returns=1)
+            batch = pending.pop(done)
+            try:
+                outcomes = self._ray.get(done)
+            except self._ray.exceptions.RayError:
+                lost.append(batch)
+                continue
+            for index, outcome in zip(batch, outcomes, strict=True):
+                on_done(index, outcome)
+        return lost
+
+
+def _perform_batch(
+    stage: str, root: str, payloads: Sequence[bytes], timeout_s: float
+) -> list[Outcome]:
+    """In a Ray worker: each task in turn, stopped by an alarm where it is late."""
+    outcomes = []
+    for payload in payloads:
+        with _alarm(timeout_s):
+            try:
+                outcomes.append(perform(stage, root, payload))
+            except _Late:
+                late = f"took over {timeout_s:g} s"
+                outcomes.append(Outcome(error_kind="timeout", error=late, wall_s=timeout_s))
+    return outcomes
+
+
+class _Late(BaseException):
+    """Raised by the alarm; no `except Exception` of a stage stops it."""
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def make_executor(kind: str, jobs: int, address: str | None = None) -> Executor:
+    """`local` or `ray`.
+
+    Raises:
+        ConfigError: another kind, fewer than one job, or Ray is not there.
+    """
+    if jobs < 1:
+        raise ConfigError("jobs", jobs, "at least 1")
+    if kind == "local":
+        return LocalExecutor(jobs)
+    if kind == "ray":
+        return RayExecutor(jobs, address)
+    raise ConfigError("executor", kind, "local or ray")

@@ -1,0 +1,76 @@
+"""What a source of IR has to answer: what is there, get it, build it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from ir_dataset.records import BuildResult, Fetched, Package
+from ir_dataset.store import Store
+from ir_dataset.toolchain import Toolchain
+
+__all__ = ["BuildLimits", "Source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildLimits:
+    """How much one package's build may take before it is stopped and what it gave is kept."""
+
+    wall_s: float = 900.0
+    unit_s: float = 120.0
+    """Wall time of extracting one translation unit."""
+    memory_bytes: int = 4 << 30
+    """Address space of each process."""
+    disk_bytes: int = 8 << 30
+    """Growth of the workspace."""
+    jobs: int = 1
+    """Processes that the build may run beside each other."""
+
+
+class Source(Protocol):
+    """A plug-in. Stateless: everything that a call depends on is in its arguments."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    """Raised when the same package would give other units, so that old results are not reused."""
+    languages: ClassVar[tuple[str, ...]]
+
+    def missing(self, toolchain: Toolchain) -> str | None:
+        """Why this source cannot run on this machine, with what to install; None where it can."""
+        ...
+
+    def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
+        """The packages that the configuration's table for this source names, sorted by name.
+
+        `options` is that table less `kind`; a key that is unknown or of a wrong type raises a
+        ConfigError with the field. May ask a registry for versions; downloads no package.
+        """
+        ...
+
+    def fetch(self, package: Package, store: Store, workspace: Path) -> Fetched:
+        """Download the package and its licence into the store; the last step with a network.
+
+        Raises:
+            SourceError: it is not to be had; says what was tried.
+        """
+        ...
+
+    def build(
+        self,
+        fetched: Fetched,
+        store: Store,
+        workspace: Path,
+        *,
+        toolchain: Toolchain,
+        limits: BuildLimits,
+    ) -> BuildResult:
+        """Build in the workspace, sandboxed, and store the bitcode of each unit.
+
+        What was saved before a limit was hit is kept, with `complete=False` and a failure that says so.
+
+        Raises:
+            SourceError: nothing could be built.
+        """
+        ...
