@@ -110,11 +110,15 @@ def parse_config(
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
         field = _field(message, place.strip("`"))
-        raise ConfigError(f"{name}:{line_of(text, field)}: {field}", _at(values, field), message) from error
+        raise ConfigError(
+            f"{name}:{line_of(text, field)}: {field}", _at(values, field), message
+        ) from error
     if config.split.train + config.split.validation >= 1:
         field = "split.validation"
         at = f"{name}:{line_of(text, field)}: {field}"
-        raise ConfigError(at, config.split.validation, "below 1 - split.train, so that a test set remains")
+        raise ConfigError(
+            at, config.split.validation, "below 1 - split.train, so that a test set remains"
+        )
     tables = [
         _source_table(table, f"source[{index}]", text, name, directory)
         for index, table in enumerate(config.source)
@@ -134,7 +138,9 @@ def _source_table(
         raise ConfigError(at, kind, f"one of {', '.join(sorted(SOURCES))}")
     options = {key: value for key, value in table.items() if key != "kind"}
     if isinstance(options.get("path"), str):
-        options["path"] = os.path.normpath(directory.absolute() / Path(options["path"]).expanduser())
+        options["path"] = os.path.normpath(
+            directory.absolute() / Path(options["path"]).expanduser()
+        )
     return SourceTable(kind=kind, options=options, line=line)
 
 

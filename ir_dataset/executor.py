@@ -6,13 +6,16 @@ comes back. Inputs may crash a worker or hang it: the task fails, with the reaso
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from ir_dataset.store import Store
 from rewriter.errors import ConfigError
 
 __all__ = ["Executor", "LocalExecutor", "Outcome", "RayExecutor", "Work", "make_executor"]
@@ -32,11 +35,14 @@ class Outcome:
 class Work:
     """A stage's tasks: each `payloads[i]` is one encoded input."""
 
-    stage: str
+    perform: Callable[[Store, bytes], str]
+    """Works on one input and returns the hash of its stored output; a function that pickles."""
     store: Path
     payloads: Sequence[bytes]
     timeout_s: float
     """Wall time of one task, after which its worker is killed."""
+    stop: Callable[[], bool] = lambda: False
+    """Asked before a task begins: True leaves it and those after it for another run."""
 
 
 OnDone = Callable[[int, Outcome], None]
@@ -47,7 +53,7 @@ class Executor(Protocol):
     """Runs the tasks of one stage at a time."""
 
     def run(self, work: Work, on_done: OnDone) -> None:
-        """Run all; returns when each has had its `on_done`."""
+        """Run all, or until `work.stop`; returns when each that ran has had its `on_done`."""
         ...
 
     def close(self) -> None:
@@ -55,18 +61,20 @@ class Executor(Protocol):
         ...
 
 
-def perform(stage: str, root: str, payload: bytes) -> Outcome:
-    """Run one task in this process and store what it gives. Never raises an Exception."""
-    from ir_dataset.stages import STAGES
-    from ir_dataset.store import Store
+Perform = Callable[[Store, bytes], str]
 
+
+def run_task(perform: Perform, root: Path, payload: bytes) -> Outcome:
+    """Run one task in this process. Never raises an Exception."""
     started = time.perf_counter()
     try:
-        output = STAGES[stage].perform(Store(root), payload)
+        output = perform(Store(root), payload)
     except MemoryError:
         return Outcome(error_kind="memory", error="out of memory")
     except OSError as error:
-        return Outcome(error_kind="os", error=str(error), wall_s=time.perf_counter() - started)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = "disk" if full else "os"
+        return Outcome(error_kind=kind, error=str(error), wall_s=time.perf_counter() - started)
     except Exception as error:
         kind = type(error).__name__
         return Outcome(error_kind=kind, error=str(error), wall_s=time.perf_counter() - started)
@@ -96,38 +104,31 @@ class LocalExecutor:
     def run(self, work: Work, on_done: OnDone) -> None:
         """Keep `jobs` workers busy; a crashed or late worker is replaced."""
         import multiprocessing
+        from concurrent.futures import FIRST_COMPLETED, wait
 
         from pebble import ProcessPool
 
         context: Any = multiprocessing.get_context("spawn")
-        with ProcessPool(
-            max_workers=min(self.jobs, max(len(work.payloads), 1)),
-            context=context,
-            initializer=_start_worker,
-        ) as pool:
-            futures = {
-                pool.schedule(
-                    perform,
-                    args=(work.stage, str(work.store), payload),
-                    timeout=work.timeout_s,
-                ): index
-                for index, payload in enumerate(work.payloads)
-            }
+        workers = min(self.jobs, max(len(work.payloads), 1))
+        waiting = iter(enumerate(work.payloads))
+        running: dict[Any, int] = {}
+        with ProcessPool(max_workers=workers, context=context, initializer=_start_worker) as pool:
             try:
-                for future in _as_completed(futures):
-                    on_done(futures[future], _outcome(future, work.timeout_s))
+                while True:
+                    free = 2 * workers - len(running)
+                    for index, payload in () if work.stop() else islice(waiting, free):
+                        arguments = (work.perform, work.store, payload)
+                        running[pool.schedule(run_task, arguments, timeout=work.timeout_s)] = index
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        on_done(running.pop(future), _outcome(future, work.timeout_s))
             except BaseException:
                 pool.stop()
                 raise
 
     def close(self) -> None:
         """Nothing outlives `run`."""
-
-
-def _as_completed(futures: Any) -> Iterator[Any]:
-    from concurrent.futures import as_completed
-
-    return as_completed(futures)
 
 
 def _outcome(future: Any, timeout_s: float) -> Outcome:
@@ -175,7 +176,7 @@ class RayExecutor:
                 ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
         except ConnectionError as error:
             raise ConfigError("ray-address", address, f"a running cluster ({error})") from error
-        self._perform = ray.remote(max_retries=3)(_perform_batch)
+        self._run = ray.remote(max_retries=3)(_run_batch)
 
     def run(self, work: Work, on_done: OnDone) -> None:
         """Send batches, then singles where a batch was lost."""
@@ -195,14 +196,16 @@ class RayExecutor:
 
     def _send(self, work: Work, batches: list[list[int]], on_done: OnDone) -> list[list[int]]:
         """Run batches; returns those that gave nothing."""
-        pending = {
-            self._perform.remote(
-                work.stage, str(work.store), [work.payloads[index] for index in batch], work.timeout_s
-            ): batch
-            for batch in batches
-        }
-        lost = []
-        while pending:
+        waiting, pending = iter(batches), {}
+        lost: list[list[int]] = []
+        while True:
+            free = 2 * self._parallel() - len(pending)
+            for batch in () if work.stop() else islice(waiting, free):
+                payloads = [work.payloads[index] for index in batch]
+                sent = self._run.remote(work.perform, work.store, payloads, work.timeout_s)
+                pending[sent] = batch
+            if not pending:
+                return lost
             (done,), _ = self._ray.wait(list(pending), num_returns=1)
             batch = pending.pop(done)
             try:
@@ -212,18 +215,17 @@ class RayExecutor:
                 continue
             for index, outcome in zip(batch, outcomes, strict=True):
                 on_done(index, outcome)
-        return lost
 
 
-def _perform_batch(
-    stage: str, root: str, payloads: Sequence[bytes], timeout_s: float
+def _run_batch(
+    perform: Perform, root: Path, payloads: Sequence[bytes], timeout_s: float
 ) -> list[Outcome]:
     """In a Ray worker: each task in turn, stopped by an alarm where it is late."""
     outcomes = []
     for payload in payloads:
         with _alarm(timeout_s):
             try:
-                outcomes.append(perform(stage, root, payload))
+                outcomes.append(run_task(perform, root, payload))
             except _Late:
                 late = f"took over {timeout_s:g} s"
                 outcomes.append(Outcome(error_kind="timeout", error=late, wall_s=timeout_s))

@@ -26,7 +26,14 @@ import msgspec
 from ir_dataset.records import Record
 from ir_dataset.store import Store
 
-__all__ = ["MODULE_COLUMNS", "FunctionRow", "ModuleRow", "write_functions", "write_licenses", "write_modules"]
+__all__ = [
+    "MODULE_COLUMNS",
+    "FunctionRow",
+    "ModuleRow",
+    "write_functions",
+    "write_licenses",
+    "write_modules",
+]
 
 ROW_GROUP = 256
 SHARD_BYTES = 500_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,10 +12,16 @@ from ir_dataset.executor import Executor, Outcome, Work
 from ir_dataset.records import Record, decode, digest, encode
 from ir_dataset.stages import STAGES
 from ir_dataset.store import Store, TaskRow
+from rewriter.errors import SourceError
 
 __all__ = ["Progress", "Runner", "Silent", "StageSummary", "Task"]
 
 log = logging.getLogger(__name__)
+
+OPTIONAL = frozenset({"fetch", "build"})
+"""Stages of which a run may leave tasks for another: what follows works with what is there."""
+TRANSIENT = frozenset({"disk"})
+"""Failures that say nothing of the input: told, but not kept, so that the next run tries again."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,22 @@ class Runner:
         executor: where tasks run.
         progress: who is told.
         retry_failed: run failed tasks again instead of taking the failure as the answer.
+        stop: asked before a fetch or a build begins: True leaves the rest for another run.
     """
 
     store: Store
     executor: Executor
     progress: Progress = field(default_factory=Silent)
     retry_failed: bool = False
+    stop: Callable[[], bool] = lambda: False
     summaries: list[StageSummary] = field(default_factory=list)
 
     def map(self, stage: str, tasks: Sequence[Task]) -> list[str | None]:
-        """The hash of each task's output, in order; None where it failed."""
+        """The hash of each task's output, in order; None where it failed or was left."""
+        rows = self._rows(stage, tasks)
+        return [row.output if row and row.status == "done" else None for row in rows]
+
+    def _rows(self, stage: str, tasks: Sequence[Task]) -> list[TaskRow | None]:
         started = time.perf_counter()
         definition = STAGES[stage]
         payloads = [encode(task.input) for task in tasks]
@@ -94,23 +106,25 @@ class Runner:
         def on_done(position: int, outcome: Outcome) -> None:
             index = order[position]
             row = _row(keys[index], stage, tasks[index].label, outcome)
-            self.store.record(row)
+            if outcome.error_kind not in TRANSIENT:
+                self.store.record(row)
             found[row.key] = row
             if row.status == "failed":
                 log.warning("%s %s: %s: %s", stage, row.label, row.error_kind, row.error)
             self.progress.advance(row.label, row.status == "failed")
 
         if order:
-            work = Work(
-                stage, self.store.root, [payloads[index] for index in order], definition.timeout_s
+            stop = self.stop if stage in OPTIONAL else _never
+            left = [payloads[index] for index in order]
+            self.executor.run(
+                Work(definition.perform, self.store.root, left, definition.timeout_s, stop), on_done
             )
-            self.executor.run(work, on_done)
         rows = [row for row in found.values() if row is not None]
         summary.failed = sum(row.status == "failed" for row in rows)
         summary.task_s = sum(row.wall_s for row in rows)
         summary.wall_s = time.perf_counter() - started
         self.summaries.append(summary)
-        return [row.output if (row := found[key]) and row.status == "done" else None for key in keys]
+        return [found[key] for key in keys]
 
     def records(self, stage: str, tasks: Sequence[Task]) -> list[Any]:
         """As `map`, decoded; None where a task failed."""
@@ -126,20 +140,19 @@ class Runner:
         Raises:
             SourceError: it failed.
         """
-        (output,) = self.map(stage, [task])
-        if output is None:
-            self._raise(stage)
-        return decode(self.store.get(output), STAGES[stage].output)  # pyright: ignore[reportArgumentType]
+        (row,) = self._rows(stage, [task])
+        if row is None or row.status == "failed":
+            why = f"{row.error_kind}: {row.error}" if row else "not run"
+            raise SourceError(f"stage {stage} failed: {why}")
+        return decode(self.store.get(row.output), STAGES[stage].output)
 
     def _before(self, key: str) -> TaskRow | None:
         row = self.store.task(key)
         return None if row and row.status == "failed" and self.retry_failed else row
 
-    def _raise(self, stage: str) -> None:
-        from rewriter.errors import SourceError
 
-        last = self.store.failures(stage)[-1]
-        raise SourceError(f"stage {stage} failed: {last.error_kind}: {last.error}")
+def _never() -> bool:
+    return False
 
 
 def _row(key: str, stage: str, label: str, outcome: Outcome) -> TaskRow:
