@@ -12,16 +12,14 @@ modules from outside are read in a process that may die; the executors give one.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-__all__ = ["READER_MAJOR", "Reading", "is_bitcode", "read_module"]
+from ir_dataset.toolchain import LLVM_MAJOR, Toolchain
 
-READER_MAJOR = 22
-"""The LLVM generation that all parts share."""
+__all__ = ["Reading", "is_bitcode", "read_module"]
 
 _MAGIC = (b"BC\xc0\xde", b"\xde\xc0\x17\x0b")
 _FLOAT = re.compile(r"\bf0x([0-9A-Fa-f]+)\b")
@@ -62,7 +60,7 @@ def read_module(
     """
     if len(data) > max_bytes:
         return Reading("", "", f"{len(data)} bytes are above the limit of {max_bytes}")
-    newer = _major(writer_llvm) > READER_MAJOR
+    newer = _major(writer_llvm) > LLVM_MAJOR
     if newer and not allow_newer:
         return Reading("", "", f"written by LLVM {writer_llvm}, newer than the reader's")
     if newer and not is_bitcode(data):
@@ -86,7 +84,7 @@ def _llvmlite() -> Any:
         import llvmlite.binding as llvm
     except ImportError:
         return None
-    if llvm.llvm_version_info[0] != READER_MAJOR:
+    if llvm.llvm_version_info[0] != LLVM_MAJOR:
         return None
     return llvm
 
@@ -94,7 +92,7 @@ def _llvmlite() -> Any:
 def _by_llvmlite(data: bytes) -> Reading:
     llvm = _llvmlite()
     if llvm is None:
-        return Reading("", "", f"llvmlite with LLVM {READER_MAJOR} is not installed")
+        return Reading("", "", f"llvmlite with LLVM {LLVM_MAJOR} is not installed")
     name = "llvmlite " + ".".join(map(str, llvm.llvm_version_info))
     context = llvm.create_context()
     try:
@@ -107,38 +105,18 @@ def _by_llvmlite(data: bytes) -> Reading:
         return Reading("", name, _first_line(str(error)))
 
 
-@cache
-def _llvm_dis() -> tuple[str, str] | None:
-    """Path of a reader of this generation, and its name with version."""
-    for name in (f"llvm-dis-{READER_MAJOR}", "llvm-dis"):
-        path = shutil.which(name)
-        if path is None:
-            continue
-        told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-        version = re.search(r"LLVM version (\S+)", told.stdout)
-        if version and _major(version.group(1)) == READER_MAJOR:
-            return path, f"llvm-dis {version.group(1)}"
-    return None
-
-
 def _by_llvm_dis(data: bytes) -> Reading:
-    found = _llvm_dis()
-    if found is None:
-        return Reading("", "", f"llvm-dis of LLVM {READER_MAJOR} is not installed")
-    path, name = found
-    if not is_bitcode(data):
-        path = path.replace("llvm-dis", "opt")
-        name = name.replace("llvm-dis", "opt")
-        command = [path, "-S", "-passes=verify", "-o", "-", "-"]
-    else:
-        command = [path, "-o", "-", "-"]
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, check=False)
-    except OSError as error:
-        return Reading("", "", str(error))
+    name = "llvm-dis" if is_bitcode(data) else "opt"
+    tools = Toolchain.find()
+    path = tools.get(name)
+    if path is None or not tools.reads(name):
+        return Reading("", "", f"{name} of LLVM {LLVM_MAJOR} is not installed")
+    told = f"{name} {tools.llvm_version(name)}"
+    options = ["-o", "-"] if name == "llvm-dis" else ["-S", "-passes=verify", "-o", "-"]
+    done = subprocess.run([str(path), *options, "-"], input=data, capture_output=True, check=False)
     if done.returncode:
-        return Reading("", name, _first_line(done.stderr.decode("utf-8", "replace")))
-    return Reading(_canonical(done.stdout.decode("utf-8", "surrogateescape")), name)
+        return Reading("", told, _first_line(done.stderr.decode("utf-8", "replace")))
+    return Reading(_canonical(done.stdout.decode("utf-8", "surrogateescape")), told)
 
 
 def _canonical(text: str) -> str:
