@@ -97,18 +97,14 @@ def _decide(
     if terms.tier not in ("a", "b"):
         worst = next((path for one, path in found.items() if evaluate(one).tier == terms.tier), "")
         why = f"{worst}: {why}" if worst else why
-    if refused:
-        terms_tier, why = "none", refused
-    else:
-        terms_tier = terms.tier
     return UnitLicense(
         unit=index,
         module=unit.module,
-        tier=terms_tier,
+        tier="none" if refused else terms.tier,
         expression=terms.expression,
         origin=origin,
         files=shas,
-        why=why,
+        why=refused or why,
     )
 
 
@@ -150,7 +146,9 @@ def _reader(store: Store, license_: License) -> Callable[[str], _Answer]:
         answer = _Answer(expression, "" if expression else "the package states no licence")
         return lambda path: answer
     if license_.kind == "dep5" and license_.files:
-        return _dep5(store.get(license_.files[0].sha256).decode("utf-8", "replace"))
+        files = license_.files
+        named = [file for file in files if file.name.rpartition("/")[2] == "copyright"]
+        return _dep5(store.get((named or files)[0].sha256).decode("utf-8", "replace"))
     return lambda path: _Answer("", "no licence was found for the package")
 
 
