@@ -63,7 +63,7 @@ _KNOWN: dict[str, _Known] = {
 }
 
 
-class ToolRow(Record):
+class ToolRow(Record, frozen=True):
     """One line of `rewriter ir doctor`."""
 
     name: str

@@ -1,0 +1,86 @@
+"""Puts the shim where a build finds it before the compilers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from ir_dataset.extract import shim
+from ir_dataset.toolchain import CCompiler
+
+__all__ = ["install_hook"]
+
+_NAMES = ("gcc", "g++", "cc", "c++", "clang", "clang++", "c89", "c99")
+_VERSIONED = re.compile(r"(?:\w+-linux-gnu\w*-)?(?:gcc|g\+\+|clang|clang\+\+)(?:-\d+)?")
+
+
+def install_hook(
+    directory: Path,
+    *,
+    seen_as: Path,
+    compiler: CCompiler,
+    unit_s: float,
+    python: str = sys.executable,
+    embed: bool = False,
+) -> dict[str, str]:
+    """Write the shim into `directory/shim`, under every name a C compiler has on this machine.
+
+    Bitcode will lie in `directory/drop`, sources in `directory/src`.
+
+    Args:
+        directory: the workspace.
+        seen_as: the same place as the build sees it.
+        compiler: writes the bitcode.
+        unit_s: seconds that one unit may take.
+        python: runs the shim; has to be reachable for the build.
+        embed: have clang do the build itself, with bitcode embedded in the objects (ComPile's way).
+
+    Returns:
+        Environment variables for the build.
+    """
+    place = directory / "shim"
+    for folder in (place, directory / "drop"):
+        folder.mkdir(exist_ok=True)
+    settings = {
+        "drop": str(seen_as / "drop"),
+        "root": str(seen_as / "src"),
+        "c": [*compiler.c, *_plain(compiler)],
+        "cxx": [*compiler.cxx, *_plain(compiler)],
+        "unit_s": unit_s,
+        "embed": embed,
+    }
+    (place / "settings.json").write_text(json.dumps(settings, sort_keys=True))
+    script = place / "shim.py"
+    text = Path(shim.__file__).read_text(encoding="utf-8")
+    script.write_text(f"#!{python} -IS\n{text}", encoding="utf-8")
+    script.chmod(0o755)
+    for name in _compiler_names():
+        (place / name).unlink(missing_ok=True)
+        os.link(script, place / name)  # a symbolic link would be resolved by some build systems
+    cache = str(seen_as / "zig-cache")
+    return {
+        "PATH": f"{seen_as / 'shim'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+        "ZIG_GLOBAL_CACHE_DIR": cache,
+        "ZIG_LOCAL_CACHE_DIR": cache,
+    }
+
+
+def _plain(compiler: CCompiler) -> list[str]:
+    """Zig compiles for this very machine, with checks and without assertions, unless told."""
+    if compiler.kind != "zig":
+        return []
+    target = f"{platform.machine()}-linux-gnu"
+    return ["-target", target, "-mcpu=baseline", "-fno-sanitize=undefined", "-UNDEBUG"]
+
+
+def _compiler_names() -> list[str]:
+    """Usual names, and versioned ones that are on the build's PATH."""
+    names = {name for name in _NAMES if shutil.which(name)}
+    for folder in ("/usr/local/bin", "/usr/bin"):
+        names |= {name for name in os.listdir(folder) if _VERSIONED.fullmatch(name)}
+    return sorted(names)
