@@ -23,6 +23,7 @@ __all__ = [
     "compile_library",
     "find_compiler",
     "inline_headers",
+    "machine",
     "why_no_compiler",
 ]
 
@@ -115,7 +116,7 @@ def compile_library(text: str, *, isa: str = "native") -> ctypes.CDLL:
     source = cached_text(text, ".cpp")
     flags = [*_FLAGS, *ISAS[isa]]
     runtime = _openmp_runtime()
-    key = content_hash(text, compiler.version, " ".join(flags), _machine(), str(runtime))
+    key = content_hash(text, compiler.version, " ".join(flags), machine(), str(runtime))
 
     def build(place: Path) -> None:
         link = [] if runtime is None else [f"-Wl,--no-as-needed,{runtime}"]
@@ -129,7 +130,7 @@ def compile_library(text: str, *, isa: str = "native") -> ctypes.CDLL:
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """What `-march=native` depends on: code for another processor would stop with SIGILL."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -47,15 +47,23 @@ inline float add_lanes(Vec v) {
 inline float add_lanes(Vec v) { return sum(v); }
 #endif
 
+// What is tuned; a text that wants other values defines them first.
+#ifndef RW_MOST_ROWS
+#define RW_MOST_ROWS 8
+#endif
+#ifndef RW_AHEAD_BYTES
+#define RW_AHEAD_BYTES 4096
+#endif
+
 // Rows of one block, so that its R * M sums stay in registers: 32 of them, or 16 with AVX2.
 constexpr int rows_per_block(int vectors) {
-    int rows = 8, sums = LANES == 8 ? 12 : 24;
+    int rows = RW_MOST_ROWS, sums = LANES == 8 ? 12 : 24;
     while (rows > 1 && rows * vectors > sums) rows /= 2;
     return rows;
 }
 
 // What is asked for early, of all rows of a block together: fewer rows look further ahead.
-constexpr int64_t LINE_BYTES = 64, AHEAD_BYTES = 4096;
+constexpr int64_t LINE_BYTES = 64, AHEAD_BYTES = RW_AHEAD_BYTES;
 
 // add(c) for vectors at c = 0, LANES, ... of R rows, a cache line of each row after the other; the lines ahead,
 // and towards the end the beginnings of `next`, are on their way. Returns where less than a vector is left.

@@ -18,10 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codegen.cpp_kernels.compiler import compile_library, inline_headers
+from codegen.cpp_kernels.compiler import compile_library, inline_headers, machine
 from codegen.cpp_kernels.provenance import provenance
+from codegen.cpp_kernels.sweep import DEFAULT, SweepConfig, candidates, least_seconds
 from codegen.epilogue import Epilogue
 from codegen.kernel import Kernel, KernelDescription, dtype_name
+from codegen.tuning import Problem, choose, current
 from rewriter.cost.cost import Cost
 from rewriter.dialect.int8 import quantize_rows
 from rewriter.errors import ConfigError, InputError
@@ -85,6 +87,10 @@ class Gemv(Kernel):
 
     def source(self, description: KernelDescription) -> str:
         """C++ text with the entry point `gemv`; ConfigError where it is not supported."""
+        return self.configured_source(description, DEFAULT)
+
+    def configured_source(self, description: KernelDescription, config: SweepConfig) -> str:
+        """The same with other knobs; their number of threads is an argument of the call."""
         refusal = self.supports(description)
         if refusal is not None:
             raise ConfigError("description", str(description), refusal)
@@ -102,7 +108,8 @@ class Gemv(Kernel):
             vector="wide, columns" if narrow else "x, x_stride",
         )
         url = _SOURCE if description.weight_dtype == torch.int8 else ""
-        return provenance(description, "codegen.cpp_kernels.gemv", url, inline_headers(text))
+        text = config.defines() + inline_headers(text)
+        return provenance(description, "codegen.cpp_kernels.gemv", url, text)
 
 
 def gemv(
@@ -141,21 +148,30 @@ def gemv(
         return out.view(*x.shape[:-1], out_size)
     scratch = flat if x.dtype == torch.float32 else x.new_empty(flat.shape, dtype=torch.float32)
     extra = epilogue.launch_arguments(operands, vectors, out_size) if epilogue else []
-    _entry(x.dtype, weight.dtype, vectors, epilogue, isa)(
-        flat.data_ptr(),
-        flat.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out_size,
-        out_size,
-        in_size,
-        scratch.data_ptr(),
-        threads or torch.get_num_threads(),
-        *(e.data_ptr() if isinstance(e, Tensor) else e for e in extra),
-    )
+    most = threads or torch.get_num_threads()
+
+    def run(config: SweepConfig) -> None:
+        _entry(x.dtype, weight.dtype, vectors, epilogue, isa, config)(
+            flat.data_ptr(),
+            flat.stride(0),
+            weight.data_ptr(),
+            weight.stride(0),
+            None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out_size,
+            out_size,
+            in_size,
+            scratch.data_ptr(),
+            config.threads or most,
+            *(e.data_ptr() if isinstance(e, Tensor) else e for e in extra),
+        )
+
+    if current() is None:
+        run(DEFAULT)
+    else:
+        problem = _problem(x, weight, vectors, epilogue, most, isa)
+        run(choose(problem, candidates(most), DEFAULT, lambda c: least_seconds(lambda: run(c))))
     return out.view(*x.shape[:-1], out_size)
 
 
@@ -220,15 +236,36 @@ def _epilogue_refusal(epilogue: Epilogue | None) -> str | None:
     return None
 
 
-@functools.cache
-def _entry(
-    dtype: torch.dtype, weight_dtype: torch.dtype, vectors: int, epilogue: Epilogue | None, isa: str
-) -> ctypes._NamedFuncPointer:
+def _described(
+    dtype: torch.dtype, weight_dtype: torch.dtype, vectors: int, epilogue: Epilogue | None
+) -> KernelDescription:
     form = "" if vectors == 1 else str(vectors)
-    description = KernelDescription(
+    return KernelDescription(
         operator="gemv", dtype=dtype, weight_dtype=weight_dtype, form=form, epilogue=epilogue
     )
-    function = compile_library(Gemv().source(description), isa=isa).gemv
+
+
+def _problem(
+    x: Tensor, weight: Tensor, vectors: int, epilogue: Epilogue | None, threads: int, isa: str
+) -> Problem:
+    description = _described(x.dtype, weight.dtype, vectors, epilogue)
+    shape = {"rows": weight.shape[0], "columns": weight.shape[1], "vectors": vectors}
+    sizes = {"element_bytes": x.element_size(), "weight_bytes": weight.element_size()}
+    device = f"{machine()} {isa} threads={threads}"
+    return Problem("gemv cpu", Gemv().source(description), {**shape, **sizes}, device)
+
+
+@functools.cache
+def _entry(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    vectors: int,
+    epilogue: Epilogue | None,
+    isa: str,
+    config: SweepConfig,
+) -> ctypes._NamedFuncPointer:
+    description = _described(dtype, weight_dtype, vectors, epilogue)
+    function = compile_library(Gemv().configured_source(description, config), isa=isa).gemv
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     operands = len(epilogue.operands) if epilogue else 0
     function.argtypes = [

@@ -116,7 +116,7 @@ def test_key_depends_on_flags_and_processor(
 ) -> None:
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
     compile_library(ANSWER)
-    monkeypatch.setattr(compiler, "_machine", lambda: "another processor")
+    monkeypatch.setattr(compiler, "machine", lambda: "another processor")
     compile_library(ANSWER)
     monkeypatch.setattr(compiler, "_FLAGS", [f for f in compiler._FLAGS if f != "-O3"])
     compile_library(ANSWER)
