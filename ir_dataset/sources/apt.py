@@ -10,10 +10,11 @@ import contextlib
 import fcntl
 import functools
 import os
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rewriter.errors import SourceError
@@ -83,6 +84,26 @@ class Apt:
             SourceError: it is not there any more.
         """
         self._run(["apt-get", "source", "--download-only", "-qq", f"{name}={version}"], cwd=into)
+
+    def show(self, names: Sequence[str]) -> str:
+        """Stanzas of the binary packages, the candidate version of each; unknown ones are left out."""
+        return self._run(["apt-cache", "show", "--no-all-versions", *names], allowed=(0, 100))
+
+    def closure(self, names: Sequence[str]) -> dict[str, str]:
+        """Versions of these binary packages and of all they depend on, as if none were installed.
+
+        Raises:
+            SourceError: they cannot be installed together.
+        """
+        nothing = ["-o", "Dir::State::status=/dev/null", "--no-install-recommends"]
+        planned = self._run(["apt-get", "--dry-run", "-qq", *nothing, "install", *names])
+        found = re.findall(r"^Inst (\S+) \((\S+) ", planned, re.MULTILINE)
+        return dict(sorted(found))
+
+    def download(self, packages: Mapping[str, str], into: Path) -> None:
+        """The .deb of each version, checked against the signed index."""
+        wanted = [f"{name}={version}" for name, version in packages.items()]
+        self._run(["apt-get", "download", "-qq", *wanted], cwd=into)
 
     def install_build_dependencies(self, dsc: Path) -> None:
         """What building a source package needs; removes nothing that is installed.
