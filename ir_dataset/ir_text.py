@@ -110,6 +110,10 @@ class Module:
     globals: list[str] = field(default_factory=list)
     """Lines of variables, aliases and ifuncs without metadata, types named by what they hold."""
     declarations: list[str] = field(default_factory=list)
+    types: dict[str, str] = field(default_factory=dict)
+    """What each named type holds, by the name that normalised text gives it."""
+    attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What each attribute group says, by the name that normalised text gives it."""
     asm: list[str] = field(default_factory=list)
 
     @property
@@ -185,6 +189,9 @@ def parse_module(text: str) -> Module:
     metadata = rest.find("\n!")  # stands last
     rest = rest[:metadata] if metadata >= 0 else rest
     shared, attributes = _shared_names(rest)
+    for name, body in _TYPE.findall(rest):
+        module.types[shared[name]] = _TOKEN.sub(lambda match: shared[match.group()], body)
+    module.attributes = {shared[name]: said for name, said in attributes.items()}
     _outside(module, rest, shared)
     for start, stop in bodies:
         module.functions.append(_function(text[start:stop], shared, attributes))
