@@ -51,6 +51,7 @@ def install_hook(
         "root": str(seen_as / "src"),
         "c": [*compiler.c, *_plain(compiler)],
         "cxx": [*compiler.cxx, *_plain(compiler)],
+        "zig": str(Path(compiler.c[0]).resolve().parent) if compiler.kind == "zig" else "",
         "unit_s": unit_s,
         "embed": embed,
     }

@@ -126,12 +126,15 @@ class Sandbox:
         """Where the command sees the workspace."""
         return BUILD_ROOT if self.isolated else self.workspace
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> Finished:
+    def run(
+        self, command: Sequence[str], environment: Mapping[str, str], *, network: bool = False
+    ) -> Finished:
         """Run in `src` to the end or to a limit; afterwards none of its processes is left.
 
         Args:
             command: program and arguments.
             environment: on top of a minimal one; `PATH` has to be in it.
+            network: leave the network on, for fetching what only foreign code knows how to.
         """
         for folder in ("src", "home", "tmp"):
             (self.workspace / folder).mkdir(exist_ok=True)
@@ -139,7 +142,7 @@ class Sandbox:
         started = time.monotonic()
         with log.open("wb") as output:
             child = subprocess.Popen(
-                self._wrapped(command),
+                self._wrapped(command, network),
                 env={**self._environment(), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -184,7 +187,7 @@ class Sandbox:
             "HOME_OF_CALLER": os.path.expanduser("~"),
         }
 
-    def _wrapped(self, command: Sequence[str]) -> list[str]:
+    def _wrapped(self, command: Sequence[str], network: bool) -> list[str]:
         limits = ["prlimit", f"--as={self.memory_bytes}", f"--fsize={self.disk_bytes}", "--core=0"]
         limits += ["--nproc=4096", "--nofile=4096"]
         if not self.isolated:
@@ -197,7 +200,7 @@ class Sandbox:
         shown = [str(path) for path in _needing_mounts(self.shown)]
         user = str(self._user) if root else "caller"
         setup = [str(BUILD_ROOT), str(self.workspace), user, *shown, "--", *limits, *command]
-        return [*_unshare(), "sh", "-c", _SETUP, "sandbox", *setup]
+        return [*_unshare(network), "sh", "-c", _SETUP, "sandbox", *setup]
 
     def _wait(self, child: subprocess.Popen[bytes], started: float) -> str:
         """Empty, or the limit that it was killed for."""
@@ -226,8 +229,10 @@ class Sandbox:
         child.wait()
 
 
-def _unshare() -> list[str]:
-    spaces = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+def _unshare(network: bool = False) -> list[str]:
+    spaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not network:
+        spaces.append("--net")
     if os.geteuid():
         spaces += ["--user", "--map-current-user", "--keep-caps"]
     return ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces]

@@ -5,10 +5,12 @@ compile line that succeeded is compiled once more, to unoptimised bitcode, with 
 flags; files land in the drop directory under names that say what they were made from.
 
 A script of its own: standard library only, nothing imported that a call does not need, since builds
-run it thousands of times. Settings are in `settings.json` beside it (see `hook.py`):
+run it thousands of times. Called as `shim.py NAME ARGUMENTS`, it leaves out the compiler NAME and
+writes the bitcode alone. Settings are in `settings.json` beside it (see `hook.py`):
     drop      directory for bitcode, descriptions and failures
     root      the package's tree; sources outside are not the package's
     c, cxx    commands that write bitcode
+    zig       directory of Zig where that writes the bitcode, else empty
     unit_s    seconds that one unit may take
     embed     true: the build itself is clang's, with bitcode embedded in its objects
 """
@@ -72,6 +74,9 @@ def main() -> int:
     arguments = sys.argv[1:]
     here = os.path.dirname(os.path.abspath(sys.argv[0]))
     name = os.path.basename(sys.argv[0])
+    if name == "shim.py":
+        _extract(_settings(here), arguments[0], arguments[1:])
+        return 0
     real = _find(name, here)
     if real is None:
         sys.stderr.write(f"{name}: command not found\n")
@@ -247,7 +252,7 @@ def _one(settings: dict, unit: dict, flags: list[tuple[str, ...]], path: str) ->
         kept = [flag for flag in flags if flag[0] not in dropped]
         unit["arguments"] = [part.replace(settings["root"], ".") for flag in kept for part in flag]
         unit["dropped_flags"] = sorted(dropped)
-        unit["includes"] = _includes(temporary + ".d", path, settings["root"])
+        unit["includes"] = _includes(temporary + ".d", path, settings)
         os.replace(temporary + ".bc", target + ".bc")
         _write(target + ".json", unit)
     finally:
@@ -276,9 +281,13 @@ def _compile(
         command = [*writer, *kept, "-g0", "-w"]
         command += [f"-Wno-error={name}" for name in _TOLERATED]
         command += [f"-ffile-prefix-map={settings['root']}=.", "-Xclang", "-disable-llvm-passes"]
-        command += ["-emit-llvm", "-c", os.path.relpath(path), "-o", temporary + ".bc"]
-        command += ["-MD", "-MF", temporary + ".d"]
+        source = os.path.relpath(path)
+        dependencies = [] if settings["zig"] else ["-MD", "-MF", temporary + ".d"]
+        command += ["-emit-llvm", "-c", source, "-o", temporary + ".bc", *dependencies]
         status = _limited(command, temporary + ".err", settings["unit_s"])
+        if status == 0 and settings["zig"]:  # it writes either bitcode or dependencies
+            listing = [*writer, *kept, "-w", source, "-M"]
+            _limited(listing, temporary + ".err", settings["unit_s"], temporary + ".d")
         if status is None:
             return dropped, "timeout", f"the front end took over {settings['unit_s']:g} s"
         if status == 0:
@@ -293,7 +302,9 @@ def _compile(
     return dropped, "compile", f"flags refused again and again: {sorted(dropped)}"
 
 
-def _limited(command: list[str], errors: str, seconds: float) -> int | None:
+def _limited(
+    command: list[str], errors: str, seconds: float, output: str = os.devnull
+) -> int | None:
     """Exit status, or None where the time ran out and the whole group was killed."""
     import signal
 
@@ -302,7 +313,7 @@ def _limited(command: list[str], errors: str, seconds: float) -> int | None:
 
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, output, os.O_WRONLY | os.O_CREAT, 0o600),
         (os.POSIX_SPAWN_OPEN, 2, errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
     ]
     before = signal.signal(signal.SIGALRM, late)
@@ -343,8 +354,11 @@ def _opens(flag: str, quoted: str) -> bool:
     return quoted[:1] == "-" and quoted[-1:] == "=" and flag.startswith(quoted)
 
 
-def _includes(path: str, source: str, root: str) -> list[str]:
-    """Files in a make rule less the source: relative inside the tree, absolute outside."""
+def _includes(path: str, source: str, settings: dict) -> list[str]:
+    """Files in a make rule less the source: relative inside the tree, absolute outside.
+
+    Zig brings the C library's headers along; they are named as if it were installed in /usr/lib/zig.
+    """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as stream:
             text = stream.read()
@@ -353,9 +367,9 @@ def _includes(path: str, source: str, root: str) -> list[str]:
     text = text.partition(": ")[2].replace("\\\n", " ").replace("\\ ", "\0").replace("$$", "$")
     found = {os.path.realpath(part.replace("\0", " ").replace("\\#", "#")) for part in text.split()}
     found.discard(os.path.realpath(source))
-    return sorted(
-        os.path.relpath(part, root) if part.startswith(root + "/") else part for part in found
-    )
+    root, zig = settings["root"] + "/", settings["zig"]
+    names = (os.path.relpath(part, root) if part.startswith(root) else part for part in found)
+    return sorted(part.replace(zig, "/usr/lib/zig") if zig else part for part in names)
 
 
 def _exec_embedding(settings: dict, name: str, arguments: list[str]) -> None:

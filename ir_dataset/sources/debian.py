@@ -5,10 +5,8 @@ The real build runs with the package's own rules and compiler; the shim on PATH 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +14,9 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from ir_dataset.extract.collect import collect, files_below
-from ir_dataset.extract.hook import install_hook
-from ir_dataset.extract.sandbox import Finished, Sandbox
-from ir_dataset.records import BuildFailure, BuildResult, Fetched, License, Package, StoredFile
+from ir_dataset.extract.build import HookedBuild, why
+from ir_dataset.extract.sandbox import Sandbox
+from ir_dataset.records import BuildResult, Fetched, License, Package, StoredFile
 from ir_dataset.sources.apt import PROFILES, Apt
 from ir_dataset.sources.source import BuildLimits
 from ir_dataset.store import Store
@@ -108,45 +105,14 @@ class Debian:
         limits: BuildLimits,
     ) -> BuildResult:
         """Unpack and run the `build-arch` target; units are those whose sources are the package's."""
-        compiler = toolchain.need_c_compiler()
-        sandbox = Sandbox(
-            workspace=workspace,
-            shown=(Path(compiler.c[0]).resolve().parent,),
-            wall_s=limits.wall_s,
-            memory_bytes=limits.memory_bytes,
-            disk_bytes=limits.disk_bytes,
-        )
-        environment = install_hook(
-            workspace,
-            seen_as=sandbox.seen_as,
-            compiler=compiler,
-            unit_s=limits.unit_s,
-            python=_python(),
-        )
-        environment |= _build_environment(limits.jobs)
-        unpack(fetched, store, workspace, sandbox, environment)
-        tree = workspace / "src"
-        before = files_below(tree)
-        finished = sandbox.run(["dpkg-buildpackage", "-d", "-T", "build-arch"], environment)
-        units, failures = collect(
-            workspace / "drop",
-            tree,
+        build = HookedBuild.prepare(workspace, toolchain.need_c_compiler(), limits)
+        unpack(fetched, store, workspace, build.sandbox, build.environment)
+        return build.run(
+            fetched,
             store,
-            compiler=compiler,
-            build_system=_build_system(before),
-            before=before,
-        )
-        if not units and (finished.status or finished.limit):
-            raise SourceError(f"{fetched.package.name}: {_why(finished)}: {finished.tail[-1500:]}")
-        stopped = [BuildFailure(kind=finished.limit or "build", reason=_why(finished))]
-        complete = finished.status == 0 and not finished.limit
-        return BuildResult(
-            package=fetched.package,
-            units=units,
-            failures=failures if complete else (*stopped, *failures),
-            license=fetched.license,
-            complete=complete,
-            log=store.put(finished.tail.encode()),
+            ["dpkg-buildpackage", "-d", "-T", "build-arch"],
+            _build_system(workspace / "src"),
+            _build_environment(limits.jobs),
         )
 
 
@@ -262,7 +228,7 @@ def unpack(
     command = ["dpkg-source", "--no-check", "--no-copy", "-x", f"../packed/{dsc}", "tree"]
     finished = sandbox.run(command, environment)
     if finished.status or finished.limit:
-        raise SourceError(f"{dsc} cannot be unpacked: {_why(finished)}: {finished.tail[-500:]}")
+        raise SourceError(f"{dsc} cannot be unpacked: {why(finished)}: {finished.tail[-500:]}")
     (workspace / "src" / "tree").rename(workspace / "unpacked")
     (workspace / "src").rmdir()
     (workspace / "unpacked").rename(workspace / "src")
@@ -278,13 +244,7 @@ def _build_environment(jobs: int) -> dict[str, str]:
     }
 
 
-def _python() -> str:
-    """An interpreter that any user can run; this one may be in a home."""
-    system = "/usr/bin/python3"
-    return system if os.access(system, os.X_OK) else sys.executable
-
-
-def _build_system(files: frozenset[str]) -> str:
+def _build_system(tree: Path) -> str:
     for name, system in (
         ("configure.ac", "autoconf"),
         ("configure.in", "autoconf"),
@@ -292,12 +252,6 @@ def _build_system(files: frozenset[str]) -> str:
         ("CMakeLists.txt", "cmake"),
         ("meson.build", "meson"),
     ):
-        if name in files:
+        if (tree / name).is_file():
             return f"debian/{system}"
     return "debian/make"
-
-
-def _why(finished: Finished) -> str:
-    if finished.limit:
-        return f"stopped at its {finished.limit} limit after {finished.wall_s:.0f} s"
-    return f"the build ended with status {finished.status}"
