@@ -12,6 +12,7 @@ __all__ = ["SOURCES", "BuildLimits", "Source", "find_source"]
 
 SOURCES: dict[str, str] = {
     "debian": "ir_dataset.sources.debian:Debian",
+    "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "debian-crates": "ir_dataset.sources.debian_crates:DebianCrates",
     "fortran": "ir_dataset.sources.fortran:Fortran",
     "julia": "ir_dataset.sources.julia:Julia",
