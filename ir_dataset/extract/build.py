@@ -31,18 +31,25 @@ class HookedBuild:
 
     @staticmethod
     def prepare(
-        workspace: Path, compiler: CCompiler, limits: BuildLimits, *shown: Path
+        workspace: Path,
+        compiler: CCompiler,
+        limits: BuildLimits,
+        *,
+        aliases: Sequence[tuple[str, str]] = (),
+        embed: bool = False,
     ) -> HookedBuild:
-        """Set up the sandbox and the shim; `shown` are places in homes that the build needs."""
+        """Set up the sandbox and the shim, with the arguments of `install_hook`."""
         binary = Path(compiler.c[0]).resolve().parent
         tools = binary.parent if compiler.kind == "clang" else binary
-        sandbox = sandbox_of(workspace, limits, tools, *shown)
+        sandbox = sandbox_of(workspace, limits, tools)
         environment = install_hook(
             workspace,
             seen_as=sandbox.seen_as,
             compiler=compiler,
             unit_s=limits.unit_s,
             python=_python(),
+            aliases=aliases,
+            embed=embed,
         )
         return HookedBuild(sandbox=sandbox, compiler=compiler, environment=environment)
 

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ir_dataset.extract import shim
@@ -27,6 +28,8 @@ def install_hook(
     unit_s: float,
     python: str = sys.executable,
     embed: bool = False,
+    root: Path | None = None,
+    aliases: Sequence[tuple[str, str]] = (),
 ) -> dict[str, str]:
     """Write the shim into `directory/shim`, under every name a C compiler has on this machine.
 
@@ -40,6 +43,10 @@ def install_hook(
         python: runs the shim; has to be reachable for the build.
         embed: have clang do the build itself, with bitcode embedded in the objects (ComPile's way).
 
+        root: the sources' tree; `src` of the workspace unless given.
+        aliases: prefixes of paths outside, and what to call them in records: places that differ from
+            machine to machine, such as a Python in a home.
+
     Returns:
         Environment variables for the build.
     """
@@ -48,10 +55,14 @@ def install_hook(
         folder.mkdir(exist_ok=True)
     settings = {
         "drop": str(seen_as / "drop"),
-        "root": str(seen_as / "src"),
+        "root": str(root or seen_as / "src"),
         "c": [*compiler.c, *_plain(compiler)],
         "cxx": [*compiler.cxx, *_plain(compiler)],
-        "zig": str(Path(compiler.c[0]).resolve().parent) if compiler.kind == "zig" else "",
+        "zig": compiler.kind == "zig",
+        "aliases": [
+            *aliases,
+            (str(Path(compiler.c[0]).resolve().parent), f"/usr/lib/{compiler.kind}"),
+        ],
         "unit_s": unit_s,
         "embed": embed,
     }

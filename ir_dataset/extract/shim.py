@@ -10,7 +10,8 @@ writes the bitcode alone. Settings are in `settings.json` beside it (see `hook.p
     drop      directory for bitcode, descriptions and failures
     root      the package's tree; sources outside are not the package's
     c, cxx    commands that write bitcode
-    zig       directory of Zig where that writes the bitcode, else empty
+    zig       whether the commands are Zig's
+    aliases   [prefix, shown] pairs: how directories outside are called in descriptions
     unit_s    seconds that one unit may take
     embed     true: the build itself is clang's, with bitcode embedded in its objects
 """
@@ -236,7 +237,7 @@ def _one(settings: dict, unit: dict, flags: list[tuple[str, ...]], path: str) ->
 
     with open(path, "rb") as stream:
         unit["source_sha256"] = hashlib.sha256(stream.read()).hexdigest()
-    shown = [part.replace(settings["root"], ".") for flag in flags for part in flag]
+    shown = [_shown(part, settings) for flag in flags for part in flag]
     identity = json.dumps([unit, shown], sort_keys=True)
     key = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     target = os.path.join(settings["drop"], key)
@@ -250,7 +251,7 @@ def _one(settings: dict, unit: dict, flags: list[tuple[str, ...]], path: str) ->
             _write(target + ".failed.json", failure)
             return
         kept = [flag for flag in flags if flag[0] not in dropped]
-        unit["arguments"] = [part.replace(settings["root"], ".") for flag in kept for part in flag]
+        unit["arguments"] = [_shown(part, settings) for flag in kept for part in flag]
         unit["dropped_flags"] = sorted(dropped)
         unit["includes"] = _includes(temporary + ".d", path, settings)
         os.replace(temporary + ".bc", target + ".bc")
@@ -297,7 +298,7 @@ def _compile(
         refused = _refused(text, flags) - dropped
         if not refused:
             kind = "memory" if "out of memory" in text or "bad_alloc" in text else "compile"
-            return dropped, kind, text.replace(settings["root"], ".")[-2000:] or f"status {status}"
+            return dropped, kind, _shown(text, settings)[-2000:] or f"status {status}"
         dropped |= refused
     return dropped, "compile", f"flags refused again and again: {sorted(dropped)}"
 
@@ -355,10 +356,7 @@ def _opens(flag: str, quoted: str) -> bool:
 
 
 def _includes(path: str, source: str, settings: dict) -> list[str]:
-    """Files in a make rule less the source: relative inside the tree, absolute outside.
-
-    Zig brings the C library's headers along; they are named as if it were installed in /usr/lib/zig.
-    """
+    """Files in a make rule less the source: relative inside the tree, absolute outside."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as stream:
             text = stream.read()
@@ -367,9 +365,17 @@ def _includes(path: str, source: str, settings: dict) -> list[str]:
     text = text.partition(": ")[2].replace("\\\n", " ").replace("\\ ", "\0").replace("$$", "$")
     found = {os.path.realpath(part.replace("\0", " ").replace("\\#", "#")) for part in text.split()}
     found.discard(os.path.realpath(source))
-    root, zig = settings["root"] + "/", settings["zig"]
+    root = settings["root"] + "/"
     names = (os.path.relpath(part, root) if part.startswith(root) else part for part in found)
-    return sorted(part.replace(zig, "/usr/lib/zig") if zig else part for part in names)
+    return sorted(_shown(part, settings) for part in names)
+
+
+def _shown(text: str, settings: dict) -> str:
+    """Without the places that differ from machine to machine."""
+    text = text.replace(settings["root"], ".")
+    for prefix, alias in settings["aliases"]:
+        text = text.replace(prefix, alias)
+    return text
 
 
 def _exec_embedding(settings: dict, name: str, arguments: list[str]) -> None:

@@ -11,12 +11,14 @@ from rewriter.errors import ConfigError
 __all__ = ["SOURCES", "BuildLimits", "Source", "find_source"]
 
 SOURCES: dict[str, str] = {
+    "compile-commands": "ir_dataset.sources.compile_commands:CompileCommands",
     "debian": "ir_dataset.sources.debian:Debian",
-    "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "debian-crates": "ir_dataset.sources.debian_crates:DebianCrates",
     "fortran": "ir_dataset.sources.fortran:Fortran",
     "julia": "ir_dataset.sources.julia:Julia",
+    "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "own-kernels": "ir_dataset.sources.own_kernels:OwnKernels",
+    "pypi-sdist": "ir_dataset.sources.pypi_sdist:PypiSdist",
     "spack": "ir_dataset.sources.spack:Spack",
     "swift": "ir_dataset.sources.swift:Swift",
     "zig-std": "ir_dataset.sources.zig_std:ZigStd",

@@ -33,7 +33,7 @@ from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
 
-__all__ = ["LocalTree", "own_license"]
+__all__ = ["LocalTree", "own_license", "sha256_of"]
 
 _CXX = (".cc", ".cp", ".cpp", ".cxx", ".c++", ".C")
 _COMPILED = (".c", *_CXX)
@@ -78,7 +78,7 @@ class LocalTree:
         """
         wanted = _options(options)
         path = Path(wanted.path)
-        content = [(name, _sha256(path / name)) for name in sorted(files_below(path))]
+        content = [(name, sha256_of(path / name)) for name in sorted(files_below(path))]
         name = wanted.name or path.name
         return [
             Package(
@@ -157,7 +157,8 @@ def _options(options: Mapping[str, Any]) -> _Options:
     return wanted
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes."""
     import hashlib
 
     with path.open("rb") as stream:
