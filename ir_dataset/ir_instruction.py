@@ -195,8 +195,8 @@ def _operand(text: str, inherited: str = "") -> tuple[str, str]:
         type_, value = text[:end], text[end:].strip()
     else:
         type_, value = inherited, text
-    if type_ == "label":
-        return "block", type_
+    if type_ == "label" or type_.startswith("[label"):
+        return "block", "label"
     if type_ == "metadata":
         return "metadata", type_
     return _kind(value or text), type_
@@ -204,7 +204,7 @@ def _operand(text: str, inherited: str = "") -> tuple[str, str]:
 
 def _kind(value: str) -> str:
     last = value.rpartition(" ")[2]
-    if last in ("%", "%,") or (last.startswith("%") and "(" not in value):
+    if value.startswith("%") or last == "%":
         return "value"
     if value.endswith("@") or (last.startswith("@") and not value.endswith(")")):
         return "global"
@@ -232,6 +232,8 @@ def _plain(opcode: str, rest: str) -> tuple[str, list[tuple[str, str]]]:
             ("global" if "@" in clause else "constant", "ptr")
             for clause in re.findall(r"\b(?:catch|filter) [^ ]+ [^ ]+", rest[end:])
         ]
+    if rest in ("", "void") or opcode == "fence":
+        return "void", []
     if opcode in ("catchswitch", "catchpad", "cleanuppad", "catchret", "cleanupret"):
         return "token", [("value", "token")]
     if opcode == "switch":
