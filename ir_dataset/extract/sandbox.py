@@ -173,9 +173,16 @@ class Sandbox:
         """A user that is nobody else's, by the workspace."""
         return _FIRST_UID + zlib.crc32(str(self.workspace).encode()) % _NUM_UIDS
 
+    @property
+    def _marker(self) -> str:
+        """By which processes are found again where no namespace holds them together."""
+        return f"REWRITER_IR_BUILD={zlib.crc32(str(self.workspace).encode()):08x}-{os.getpid()}"
+
     def _environment(self) -> dict[str, str]:
         seen = self.seen_as
+        name, _, value = self._marker.partition("=")
         return {
+            name: value,
             "HOME": str(seen / "home"),
             "TMPDIR": str(seen / "tmp"),
             "LC_ALL": "C.UTF-8",
@@ -225,7 +232,7 @@ class Sandbox:
         if child.poll() is None:
             child.kill()
         if not self.isolated:
-            _kill_group(child.pid)
+            _kill_marked(self._marker)
         child.wait()
 
 
@@ -275,9 +282,21 @@ def _used_bytes(place: Path) -> int:
     return total
 
 
-def _kill_group(group: int) -> None:
+def _kill_marked(marker: str) -> None:
+    """Kill whatever has the marker in its environment, until there is nothing."""
     import contextlib
     import signal
 
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    for _ in range(20):
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                dead = (place / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                if marker.encode() in (place / "environ").read_bytes() and not dead:
+                    found.append(int(place.name))
+        if not found:
+            return
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
