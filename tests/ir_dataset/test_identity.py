@@ -124,7 +124,10 @@ def test_minhash_estimates_the_similarity():
     rows = [unpack_minhash(packed) for packed in minhashes(functions)]
     alike = [float(np.mean(rows[0] == row)) for row in rows]
     shingles = [
-        {tuple(shape.token for shape in one.shapes[at : at + 4]) for at in range(len(one.shapes) - 3)}
+        {
+            tuple(shape.token for shape in one.shapes[at : at + 4])
+            for at in range(len(one.shapes) - 3)
+        }
         for one in functions
     ]
     true = [len(shingles[0] & one) / len(shingles[0] | one) for one in shingles]

@@ -118,7 +118,13 @@ def test_callees_are_named():
         ("  % = cmpxchg ptr %, i32 %, i32 1 acquire monotonic", "cmpxchg", "i32", None, ""),
         ("  ret void", "ret", "void", [], ""),
         ("  br i1 %, label %, label %", "br", "i1", ["value", "block", "block"], ""),
-        ("  % = alloca [4 x { i8, ptr }], i32 2, align 16", "alloca", "[4 x { i8, ptr }]", None, ""),
+        (
+            "  % = alloca [4 x { i8, ptr }], i32 2, align 16",
+            "alloca",
+            "[4 x { i8, ptr }]",
+            None,
+            "",
+        ),
         (
             "  % = fcmp nnan ninf olt float %, 0.000000e+00",
             "fcmp",
@@ -137,7 +143,9 @@ def test_instructions(skeleton, opcode, type_, kinds, callee):
 
 
 def test_types_end_where_they_end():
-    assert [type_end(text) for text in ("i32 %", "ptr addrspace(3) %", "<{ i8, [2 x ptr] }> %")] == [
+    assert [
+        type_end(text) for text in ("i32 %", "ptr addrspace(3) %", "<{ i8, [2 x ptr] }> %")
+    ] == [
         3,
         16,
         19,
@@ -150,7 +158,9 @@ def test_types_end_where_they_end():
     ]
 
 
-@pytest.mark.parametrize("text", ["", "define", "define i32 @f(", "\ndefine void @f() {\n}\n", "}\n@"])
+@pytest.mark.parametrize(
+    "text", ["", "define", "define i32 @f(", "\ndefine void @f() {\n}\n", "}\n@"]
+)
 def test_what_llvm_did_not_print_is_no_error(text):
     parse_module(text)
 
@@ -158,7 +168,10 @@ def test_what_llvm_did_not_print_is_no_error(text):
 def test_types_are_named_by_what_they_hold():
     text = "%a = type { i32, %b }\n%b = type { ptr }\n%c = type { i32, %d }\n%d = type { ptr }\n"
     module = parse_module(text)
-    assert sorted(module.types.values())[0] == "{ i32, %T." + next(
-        name.removeprefix("%T.") for name, held in module.types.items() if held == "{ ptr }"
-    ) + " }"
+    assert (
+        sorted(module.types.values())[0]
+        == "{ i32, %T."
+        + next(name.removeprefix("%T.") for name, held in module.types.items() if held == "{ ptr }")
+        + " }"
+    )
     assert len(module.types) == 2
