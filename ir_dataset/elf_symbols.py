@@ -37,7 +37,7 @@ def function_sizes(data: bytes) -> dict[str, int]:
         for section in sections:
             if section[1] == _SYMTAB:
                 found.update(_symbols(data, section, sections[section[6]]))
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise ArtifactError(f"the object's tables are damaged: {error}") from error
     return found
 

@@ -121,7 +121,7 @@ def _by_tools(data: bytes, kind: str, tools: Toolchain, timeout_s: float) -> tup
 
 def _run(command: list[str], place: Path, timeout_s: float) -> None:
     done = subprocess.run(
-        command, cwd=place, capture_output=True, timeout=timeout_s, check=False, text=True
+        command, cwd=place, capture_output=True, timeout=timeout_s, check=False, errors="replace"
     )
     if done.returncode:
         told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

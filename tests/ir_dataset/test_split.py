@@ -71,7 +71,7 @@ def test_without_the_guard_the_audit_fails():
     assert {module.split for module in split.modules} == {"train", "validation", "test"}
     assert not audit.clean
     assert all(one.same_norm_hash for one in audit.sets)
-    with pytest.raises(VerificationError, match="test: [1-9]"):
+    with pytest.raises(VerificationError, match=r"test: [1-9]"):
         require_clean(audit)
 
 
