@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ir_dataset.extract.batch import sandbox_of
 from ir_dataset.extract.collect import collect, files_below
+from ir_dataset.extract.embed import unpack_embedded
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.extract.sandbox import Finished, Sandbox
 from ir_dataset.records import BuildFailure, BuildResult, Fetched
@@ -28,6 +29,7 @@ class HookedBuild:
     sandbox: Sandbox
     compiler: CCompiler
     environment: Mapping[str, str]
+    embed: bool
 
     @staticmethod
     def prepare(
@@ -51,7 +53,7 @@ class HookedBuild:
             aliases=aliases,
             embed=embed,
         )
-        return HookedBuild(sandbox=sandbox, compiler=compiler, environment=environment)
+        return HookedBuild(sandbox=sandbox, compiler=compiler, environment=environment, embed=embed)
 
     def run(
         self,
@@ -69,6 +71,8 @@ class HookedBuild:
         workspace = self.sandbox.workspace
         before = files_below(workspace / "src")
         finished = self.sandbox.run(command, {**self.environment, **environment})
+        if self.embed:
+            unpack_embedded(workspace / "drop")
         units, failures = collect(
             workspace / "drop",
             workspace / "src",

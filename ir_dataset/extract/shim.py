@@ -85,10 +85,9 @@ def main() -> int:
     if not _may_compile(arguments):
         os.execv(real, [real, *arguments])
     settings = _settings(here)
-    if settings.get("embed"):
-        _exec_embedding(settings, name, arguments)
-    status = _run([real, *arguments])
-    if status == 0 and settings:
+    embed = settings.get("embed", False)
+    status = _run(_embedding(settings, name, arguments) if embed else [real, *arguments])
+    if status == 0 and settings and (not embed or "-c" in arguments):
         try:
             _extract(settings, name, arguments)
         except Exception as error:
@@ -212,8 +211,8 @@ def _extract(settings: dict, name: str, arguments: list[str]) -> None:
     flags, sources, level = _parse(_expand(arguments))
     root, here = settings["root"], os.getcwd()
     requested = level
-    forced = level in ("", "-O0")
-    flags.append(("-O2" if forced else level,))
+    forced = level in ("", "-O0") and not settings["embed"]
+    flags.append(("-O2" if forced else level or "-O0",))
     for source, given in sources:
         language = _language(source, given, name)
         path = os.path.normpath(os.path.join(here, source))
@@ -245,7 +244,11 @@ def _one(settings: dict, unit: dict, flags: list[tuple[str, ...]], path: str) ->
         return
     temporary = f"{target}.{os.getpid()}"
     try:
-        dropped, kind, reason = _compile(settings, unit, flags, path, temporary)
+        dropped, kind, reason = set(), "", ""
+        if settings["embed"]:
+            _keep_object(settings, unit, flags, path, temporary)
+        else:
+            dropped, kind, reason = _compile(settings, unit, flags, path, temporary)
         if kind:
             failure = {"kind": kind, "reason": reason, "source_path": unit["source_path"]}
             _write(target + ".failed.json", failure)
@@ -254,7 +257,7 @@ def _one(settings: dict, unit: dict, flags: list[tuple[str, ...]], path: str) ->
         unit["arguments"] = [_shown(part, settings) for flag in kept for part in flag]
         unit["dropped_flags"] = sorted(dropped)
         unit["includes"] = _includes(temporary + ".d", path, settings)
-        os.replace(temporary + ".bc", target + ".bc")
+        os.replace(temporary + ".bc", target + (".o" if settings["embed"] else ".bc"))
         _write(target + ".json", unit)
     finally:
         for ending in (".bc", ".d", ".err"):
@@ -378,12 +381,31 @@ def _shown(text: str, settings: dict) -> str:
     return text
 
 
-def _exec_embedding(settings: dict, name: str, arguments: list[str]) -> None:
-    """Build with clang, whose objects then carry bitcode and command line; does not return."""
+def _embedding(settings: dict, name: str, arguments: list[str]) -> list[str]:
+    """The compile line in clang's hands; its object carries bitcode in section `.llvmbc`."""
     writer = settings["cxx" if "++" in name else "c"]
-    extra = ["-Xclang", "-fembed-bitcode=all", "-w"]
-    extra += [f"-Wno-error={tolerated}" for tolerated in _TOLERATED]
-    os.execv(writer[0], [*writer, *arguments, *extra])
+    extra = ["-Xclang", "-fembed-bitcode=all"] if "-c" in arguments else []
+    return [*writer, *arguments, *extra, *(f"-Wno-error={one}" for one in _TOLERATED)]
+
+
+def _keep_object(
+    settings: dict, unit: dict, flags: list[tuple[str, ...]], path: str, temporary: str
+) -> None:
+    """Copy the object for `embed.py` to take apart, and list the headers."""
+    import shutil
+
+    shutil.copyfile(_output(sys.argv[1:], path), temporary + ".bc")
+    writer = settings["cxx" if unit["language"] == "c++" else "c"]
+    plain = [part for flag in flags for part in flag]
+    listing = [*writer, *plain, "-w", os.path.relpath(path), "-M", "-MF", temporary + ".d"]
+    _limited(listing, temporary + ".err", settings["unit_s"])
+
+
+def _output(arguments: list[str], path: str) -> str:
+    for index, argument in enumerate(arguments):
+        if argument[:2] == "-o":
+            return argument[2:] or arguments[index + 1]
+    return os.path.basename(path).rpartition(".")[0] + ".o"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -36,10 +36,15 @@ class _Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     packages: tuple[str, ...]
     package: dict[str, _Override] = {}
+    extract: Literal["shim", "embed"] = "shim"
 
 
 class Debian:
-    """`packages`: names of source packages; `package.NAME`: their `language` and `project`."""
+    """Options.
+
+    `packages`: names of source packages. `package.NAME`: its `language` and `project`. `extract`:
+    `shim` beside the package's own compiler, or `embed`, where clang builds the package.
+    """
 
     name: ClassVar[str] = "debian"
     version: ClassVar[str] = "1"
@@ -80,7 +85,10 @@ class Debian:
                     language=override.language,
                     project=override.project or _project(name),
                     url=newest.get("Homepage", ""),
-                    options={"versions": [stanza["Version"] for stanza in found[name]]},
+                    options={
+                        "versions": [stanza["Version"] for stanza in found[name]],
+                        **({"extract": "embed"} if wanted.extract == "embed" else {}),
+                    },
                 )
             )
         return packages
@@ -105,7 +113,8 @@ class Debian:
         limits: BuildLimits,
     ) -> BuildResult:
         """Unpack and run the `build-arch` target; units are those whose sources are the package's."""
-        build = HookedBuild.prepare(workspace, toolchain.need_c_compiler(), limits)
+        embed = fetched.package.options.get("extract") == "embed"
+        build = HookedBuild.prepare(workspace, toolchain.need_c_compiler(), limits, embed=embed)
         unpack(fetched, store, workspace, build.sandbox, build.environment)
         return build.run(
             fetched,

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from ir_dataset.extract.embed import unpack_embedded
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.toolchain import CCompiler, Toolchain
 
@@ -210,6 +211,24 @@ def test_a_fault_of_the_shim_is_a_line_in_its_log(tmp_path):
     assert "FileNotFoundError" in (build.drop / "shim-errors.log").read_text()
     shutil.rmtree(build.drop)
     assert build.call("gcc", "-c", "a.c").returncode == 0
+
+
+def test_objects_can_carry_the_bitcode_instead(tmp_path):
+    clang = Toolchain.find().c_compiler()
+    if clang is None or clang.kind != "clang":
+        pytest.skip("needs clang of the pinned LLVM")
+    build = Build(tmp_path, clang, embed=True)
+    (build.tree / "a.c").write_text("int f(int x) { return x; }\n")
+    (build.tree / "s.s").write_text("")
+    for command in (["-O2", "-c", "a.c", "-o", "a.o"], ["-c", "s.s"], ["-O1", "-c", "a.c"]):
+        assert build.call("gcc", *command).returncode == 0
+    (build.drop / f"{'0' * 32}.o").write_bytes(b"no object")
+    unpack_embedded(build.drop)
+    units = build.units()
+    assert [unit["opt_level_requested"] for unit in units] == ["-O1", "-O2"]
+    modules = [path.read_bytes() for path in build.drop.glob("*.bc")]
+    assert len(modules) == 2 and all(module[:4] == b"BC\xc0\xde" for module in modules)
+    assert list(build.drop.glob("*.o")) == []
 
 
 def test_starting_it_is_cheap(build):
