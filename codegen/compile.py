@@ -63,12 +63,14 @@ class Compiled:
 
     Attributes:
         binary, assembly: cubin or hsaco; PTX or AMD assembly.
+        llir: the LLVM IR they were made from, after Triton's own passes.
         facts: entry, arguments in order with types and divisibility, the pointers trailing them (null
             where scratch_bytes is 0), constants, grid, threads, shared_bytes, registers, spilled_bytes.
     """
 
     binary: bytes
     assembly: str
+    llir: str
     facts: dict[str, Any]
 
 
@@ -93,6 +95,7 @@ def compile_texts(texts: Mapping[str, str], target: str) -> dict[str, Compiled]:
             name: Compiled(
                 (place / f"{name}.{kind.binary}").read_bytes(),
                 (place / f"{name}.{kind.assembly}").read_text(),
+                (place / f"{name}.llir").read_text(),
                 facts[name],
             )
             for name in texts
@@ -158,7 +161,8 @@ def _compile(path: Path, target: Target) -> dict[str, Any]:
     )
     binary = path.with_suffix(f".{target.binary}")
     binary.write_bytes(kernel.asm[target.binary])
-    path.with_suffix(f".{target.assembly}").write_text(kernel.asm[target.assembly])
+    for kind in (target.assembly, "llir"):
+        path.with_suffix(f".{kind}").write_text(kernel.asm[kind])
     return {
         "entry": kernel.metadata.name,
         "arguments": arguments,
