@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,17 +94,25 @@ def _unique(ordered: list[T]) -> Iterator[T]:
 def _read(drop: Path, ending: str) -> Iterator[dict[str, Any]]:
     """Descriptions in the drop directory; what the build put there besides is not followed."""
     for path in sorted(drop.glob(f"*{ending}")):
-        if (ending == ".json" and path.name.endswith(".failed.json")) or path.is_symlink():
+        if (ending == ".json" and path.name.endswith(".failed.json")) or not _is_plain(path):
             continue
         found = json.loads(path.read_bytes())
         if ending == ".json":
             found["key"] = path.name.removesuffix(ending)
-            if (drop / f"{found['key']}.bc").is_symlink():
+            if not _is_plain(drop / f"{found['key']}.bc"):
                 continue
         yield found
 
 
 def _lines(path: Path) -> list[str]:
-    if path.is_symlink() or not path.is_file():
+    if not _is_plain(path):
         return []
     return sorted(set(path.read_text(encoding="utf-8", errors="replace").splitlines()))[:20]
+
+
+def _is_plain(path: Path) -> bool:
+    """Neither a link nor a pipe."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False

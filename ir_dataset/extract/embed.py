@@ -44,7 +44,9 @@ def read_sections(data: bytes) -> dict[str, bytes]:
 def unpack_embedded(drop: Path) -> None:
     """Put the bitcode of the objects that the shim kept beside them, or say that there is none."""
     for path in sorted(drop.glob("*.o")):
-        found = {} if path.is_symlink() else read_sections(path.read_bytes())
+        if path.is_symlink() or not path.is_file():
+            continue
+        found = read_sections(path.read_bytes())
         description = path.with_suffix(".json")
         if found.get(".llvmbc"):
             path.with_suffix(".bc").write_bytes(found[".llvmbc"])

@@ -74,7 +74,7 @@ def install_hook(
     for name in _compiler_names():
         (place / name).unlink(missing_ok=True)
         os.link(script, place / name)  # a symbolic link would be resolved by some build systems
-    cache = str(seen_as / "zig-cache")
+    cache = str(seen_as / "home" / "zig-cache")
     return {
         "PATH": f"{seen_as / 'shim'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
         "ZIG_GLOBAL_CACHE_DIR": cache,

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ BUILD_ROOT = Path("/tmp/rewriter-build")
 ISOLATION = "REWRITER_IR_ISOLATION"
 """Environment variable: `required` (default), or `none` to run builds as the caller, with its network."""
 
+_WRITABLE = ("src", "home", "tmp", "drop")
 _TAIL = 64 << 10
 _FIRST_UID, _NUM_UIDS = 61184, 4336  # systemd's range of users that come and go
 
@@ -87,7 +88,7 @@ class Sandbox:
     """A workspace, and what a command in it may take.
 
     Args:
-        workspace: its `src`, `home` and `tmp` are made; all of it may be written to.
+        workspace: its `src`, `home`, `tmp` and `drop` are made; there alone the command may write.
         shown: files and directories under the caller's home that the command needs, read-only.
         wall_s: seconds before everything is killed.
         memory_bytes: address space of each process.
@@ -136,7 +137,7 @@ class Sandbox:
             environment: on top of a minimal one; `PATH` has to be in it.
             network: leave the network on, for fetching what only foreign code knows how to.
         """
-        for folder in ("src", "home", "tmp"):
+        for folder in _WRITABLE:
             (self.workspace / folder).mkdir(exist_ok=True)
         log = self.workspace / "output.log"
         started = time.monotonic()
@@ -156,17 +157,16 @@ class Sandbox:
             tail = stream.read().decode("utf-8", "replace")
         return Finished(child.returncode, limit, tail, time.monotonic() - started)
 
-    def give(self, *places: Path) -> None:
-        """Hand directories of the workspace, and what is in them, to the user that builds."""
-        if os.geteuid() or not self.isolated:
-            return
-        for place in places:
-            for folder, _, names in os.walk(place):
-                os.chown(folder, self._user, self._user)
-                for name in names:
-                    os.chown(
-                        os.path.join(folder, name), self._user, self._user, follow_symlinks=False
-                    )
+    def _hand_over(self) -> None:
+        """What may be written to belongs to the user that builds; the rest can be read, whatever umask."""
+        os.chmod(self.workspace, 0o755)
+        for top in os.scandir(self.workspace):
+            given = top.name in _WRITABLE
+            for place in _below(top):
+                if given:
+                    os.chown(place, self._user, self._user, follow_symlinks=False)
+                elif not os.path.islink(place):
+                    os.chmod(place, os.stat(place).st_mode | (0o555 if top.is_dir() else 0o444))
 
     @property
     def _user(self) -> int:
@@ -201,9 +201,8 @@ class Sandbox:
             return ["setpriv", "--pdeathsig", "KILL", *limits, *command]
         BUILD_ROOT.mkdir(exist_ok=True)
         root = os.geteuid() == 0
-        self.give(*(self.workspace / folder for folder in ("src", "home", "tmp", "drop")))
         if root:
-            os.chown(self.workspace, self._user, self._user)
+            self._hand_over()
         shown = [str(path) for path in _needing_mounts(self.shown)]
         user = str(self._user) if root else "caller"
         setup = [str(BUILD_ROOT), str(self.workspace), user, *shown, "--", *limits, *command]
@@ -265,6 +264,13 @@ def _needing_mounts(paths: Sequence[Path]) -> list[Path]:
     homes = {Path.home(), Path("/root"), Path("/home")}
     real = {path for given in paths for path in (given, given.resolve())}
     return sorted(path for path in real if homes & set(path.parents))
+
+
+def _below(top: os.DirEntry[str]) -> Iterator[str]:
+    yield top.path
+    if top.is_dir(follow_symlinks=False):
+        for folder, folders, names in os.walk(top.path):
+            yield from (os.path.join(folder, name) for name in (*folders, *names))
 
 
 def _used_bytes(place: Path) -> int:

@@ -129,6 +129,7 @@ def test_root_builds_as_nobody_else(tmp_path):
     assert int(user) >= 61184 and user == group
     assert rest == ["CapEff:", "0" * 16, "NoNewPrivs:", "1"]
     assert _run(tmp_path, "echo > /etc/rewriter-test").status != 0
+    assert _run(tmp_path, "rm ../output.log").status != 0  # nor put a link in its place
 
 
 @isolated
