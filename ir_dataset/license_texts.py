@@ -39,19 +39,26 @@ _BSD_END = (
     " out of the use of this software even if advised of the possibility of such damages?"
 )
 
+_MIT = (
+    "permission is hereby granted free of charge to any person obtaining a copy of this software and"
+    " associated documentation files the software to deal in the software without restriction"
+    " including without limitation the rights to use copy modify merge publish distribute sublicense"
+    " and or sell copies of the software and to permit persons to whom the software is furnished to"
+    " do so subject to the following conditions the above copyright notice and this permission notice"
+    " shall be included in all copies or substantial portions of the software the software is"
+    " provided as is without warranty of any kind express or implied including but not limited to"
+    " the warranties of merchantability fitness for a particular purpose and noninfringement in no"
+    f" event shall {_NAMES}be liable for any claim damages or other liability whether in an action of"
+    " contract tort or otherwise arising from out of or in connection with the software or the use or"
+    " other dealings in the software"
+)
+
 _TEXTS: dict[str, str] = {
-    "MIT": (
-        "permission is hereby granted free of charge to any person obtaining a copy of this software and"
-        " associated documentation files the software to deal in the software without restriction"
-        " including without limitation the rights to use copy modify merge publish distribute sublicense"
-        " and or sell copies of the software and to permit persons to whom the software is furnished to"
-        " do so subject to the following conditions the above copyright notice and this permission notice"
-        " shall be included in all copies or substantial portions of the software the software is"
-        " provided as is without warranty of any kind express or implied including but not limited to"
-        " the warranties of merchantability fitness for a particular purpose and noninfringement in no"
-        f" event shall {_NAMES}be liable for any claim damages or other liability whether in an action of"
-        " contract tort or otherwise arising from out of or in connection with the software or the use or"
-        " other dealings in the software"
+    "MIT": _MIT,
+    "X11": (
+        f"{_MIT} except as contained in this notice the names? of {_NAMES}shall not be used in advertising"
+        " or otherwise to promote the sale use or other dealings in this software without prior written"
+        r" authorization from (?:\w+ ?){1,12}"
     ),
     "BSD-2-Clause": _BSD_START + _BSD_END,
     "BSD-3-Clause": _BSD_START + _BSD_THIRD + _BSD_END,
@@ -82,7 +89,8 @@ _PATTERNS = {name: re.compile(text) for name, text in _TEXTS.items()}
 
 def recognise(text: str) -> str:
     """The SPDX name of the licence that the text is, or an empty string."""
-    words = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    joined = re.sub(r"(?<=[A-Za-z])-\s*\n\s*(?=[a-zA-Z])", "", text)  # words parted at a line's end
+    words = re.sub(r"[^a-z0-9]+", " ", joined.lower()).strip()
     for name, pattern in _PATTERNS.items():
         found = pattern.search(words)
         if found and found.end() == len(words):
