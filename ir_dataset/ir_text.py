@@ -108,7 +108,8 @@ class Module:
     layout: str = ""
     functions: list[Function] = field(default_factory=list)
     globals: list[str] = field(default_factory=list)
-    """Lines of variables, aliases and ifuncs without metadata, types named by what they hold."""
+    """Lines of variables, aliases and ifuncs without metadata and `dso_local`, which only tells what
+    the object is linked into; types named by what they hold."""
     declarations: list[str] = field(default_factory=list)
     types: dict[str, str] = field(default_factory=dict)
     """What each named type holds, by the name that normalised text gives it."""
@@ -252,7 +253,7 @@ def _written(line: str, shared: _Shared) -> str:
         line = _HEAD_ATTACHMENT.sub("", _ATTACHMENT.sub("", line))
     parts = _TOKEN.split(line)
     parts[1::2] = [shared[token] for token in parts[1::2]]
-    return "".join(parts).rstrip()
+    return "".join(parts).replace(" dso_local ", " ").rstrip()
 
 
 def _function(text: str, shared: _Shared, attributes: Mapping[str, tuple[str, ...]]) -> Function:

@@ -82,6 +82,14 @@ def test_names_of_functions_types_and_linkage_count_for_the_module_only():
     assert hashes(other)[2] != hashes(text)[2]
 
 
+def test_building_for_a_shared_library_does_not_count():
+    text = text_of("cpp")
+    assert "declare dso_local" not in text
+    static = text.replace("declare void @_Z4takei", "declare dso_local void @_Z4takei")
+    assert static != text
+    assert hashes(static) == hashes(text) == hashes(text.replace("define dso_local", "define"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "weak"),
     [
