@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from ir_dataset.extract.sandbox import Finished, Sandbox
+from ir_dataset.extract.build import why
+from ir_dataset.extract.sandbox import Sandbox
 from ir_dataset.records import (
     BuildFailure,
     BuildResult,
@@ -204,9 +205,9 @@ class DebianCrates:
             key=lambda one: (one.source_path, one.module, one.arguments),
         )
         if not units:
-            raise SourceError(f"{fetched.package.name}: {_why(finished)}: {finished.tail[-1500:]}")
+            raise SourceError(f"{fetched.package.name}: {why(finished)}: {finished.tail[-1500:]}")
         complete = finished.status == 0 and not finished.limit
-        stopped = BuildFailure(kind=finished.limit or "build", reason=_why(finished))
+        stopped = BuildFailure(kind=finished.limit or "build", reason=why(finished))
         return BuildResult(
             package=fetched.package,
             units=tuple(units),
@@ -420,9 +421,3 @@ def _sources(listed: Path, tree: str) -> list[str]:
         if tree in parts:
             found.append("/".join(parts[parts.index(tree) + 1 :]))
     return found if paths and tree in PurePosixPath(paths[0]).parts else []
-
-
-def _why(finished: Finished) -> str:
-    if finished.limit:
-        return f"stopped at its {finished.limit} limit after {finished.wall_s:.0f} s"
-    return f"the build ended with status {finished.status}"
