@@ -92,7 +92,7 @@ _LARGE = 1 << 31
 class _Rows:
     """Vectors of the shapes seen so far, as rows of one matrix that grows."""
 
-    LIMIT = 300_000
+    LIMIT = 100_000
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}

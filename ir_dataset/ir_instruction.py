@@ -73,7 +73,7 @@ class Shape:
 class _Shapes(dict[str, Shape]):
     """Shapes by skeleton, made when first asked for; forgets all when there are too many."""
 
-    LIMIT = 300_000
+    LIMIT = 100_000
 
     def __missing__(self, skeleton: str) -> Shape:
         if len(self) >= self.LIMIT:
