@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -113,7 +113,7 @@ class Tuning:
     mode: str = "default"
     ranker: Ranker | None = None
     top_k: int = 3
-    choices: dict[str, Choice[Any]] = field(default_factory=dict)
+    choices: dict[Hashable, Choice[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -164,9 +164,9 @@ def choose(
     how = current()
     if how is None or how.mode == "default":
         return default
-    offered = [default, *(c for c in candidates if c != default)]
-    key = problem.key(offered)
+    key = (problem.kernel, problem.text, tuple(problem.shape.items()), problem.device)
     if key not in how.choices:
+        offered = [default, *(c for c in candidates if c != default)]
         how.choices[key] = _choice(how, problem, offered, measure)
     return how.choices[key].config
 

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.cpp_kernels.compiler import compile_library, inline_headers
+from codegen.cpp_kernels.compiler import compile_library, inline_headers, machine
 from codegen.cpp_kernels.gemv import CPP_TYPES
 from codegen.cpp_kernels.provenance import provenance
+from codegen.cpp_kernels.sweep import DEFAULT, SweepConfig, candidates, least_seconds
 from codegen.kernel import Kernel, KernelDescription, dtype_name
+from codegen.tuning import Problem, choose, current
 from rewriter.cost.cost import Cost
 from rewriter.dialect.mlp import ACTIVATIONS
 from rewriter.errors import ConfigError, InputError
@@ -139,6 +141,10 @@ class GatheredMlp(Kernel):
 
     def source(self, description: KernelDescription) -> str:
         """C++ text with the entry point `gathered_mlp`; ConfigError where it is not supported."""
+        return self.configured_source(description, DEFAULT)
+
+    def configured_source(self, description: KernelDescription, config: SweepConfig) -> str:
+        """The same with other knobs; their number of threads is an argument of the call."""
         refusal = self.supports(description)
         if refusal is not None:
             raise ConfigError("description", str(description), refusal)
@@ -152,7 +158,7 @@ class GatheredMlp(Kernel):
             entry = _GIVEN.format(index=_INDEX_TYPES[which])
         else:
             entry = _CHOSEN.format(keep_type=_KEEP[which][0], kept=_KEEP[which][1])
-        text = inline_headers(start + entry)
+        text = config.defines() + inline_headers(start + entry)
         return provenance(description, "codegen.cpp_kernels.gathered_mlp", _SOURCE, text)
 
 
@@ -289,10 +295,24 @@ def _launch(
         in_size,
         out_size,
     )
-    entry = _entry(x.dtype, gate.dtype, form, isa)
     places = out.data_ptr(), scratch.data_ptr()
-    if entry(x.data_ptr(), weights, *kept, intermediate_size, *places, threads) != 0:
-        raise InputError(f"indices are not allowed: each from 0 to {intermediate_size - 1}")
+
+    def run(config: SweepConfig) -> None:
+        entry = _entry(x.dtype, gate.dtype, form, isa, config)
+        number = config.threads or threads
+        if entry(x.data_ptr(), weights, *kept, intermediate_size, *places, number) != 0:
+            raise InputError(f"indices are not allowed: each from 0 to {intermediate_size - 1}")
+
+    if current() is None:
+        run(DEFAULT)
+        return out
+    sizes = {"rows": intermediate_size, "columns": in_size, "out_size": out_size}
+    sizes |= {"kept": kept[1] if len(kept) == 2 else intermediate_size, "vectors": 1}
+    sizes |= {"element_bytes": x.element_size(), "weight_bytes": gate.element_size()}
+    text = _default_text(x.dtype, gate.dtype, form)
+    device = f"{machine()} {isa} threads={threads}"
+    problem = Problem("gathered_mlp cpu", text, sizes, device)
+    run(choose(problem, candidates(threads), DEFAULT, lambda c: least_seconds(lambda: run(c))))
     return out
 
 
@@ -316,14 +336,23 @@ def _checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[int, in
     return gate.shape[0], gate.shape[1]
 
 
-@functools.cache
-def _entry(
-    dtype: torch.dtype, weight_dtype: torch.dtype, form: str, isa: str
-) -> ctypes._NamedFuncPointer:
-    description = KernelDescription(
+def _described(dtype: torch.dtype, weight_dtype: torch.dtype, form: str) -> KernelDescription:
+    return KernelDescription(
         operator="gathered_mlp", dtype=dtype, weight_dtype=weight_dtype, form=form
     )
-    function = compile_library(GatheredMlp().source(description), isa=isa).gathered_mlp
+
+
+@functools.cache
+def _default_text(dtype: torch.dtype, weight_dtype: torch.dtype, form: str) -> str:
+    return GatheredMlp().source(_described(dtype, weight_dtype, form))
+
+
+@functools.cache
+def _entry(
+    dtype: torch.dtype, weight_dtype: torch.dtype, form: str, isa: str, config: SweepConfig
+) -> ctypes._NamedFuncPointer:
+    text = GatheredMlp().configured_source(_described(dtype, weight_dtype, form), config)
+    function = compile_library(text, isa=isa).gathered_mlp
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     which = form.partition(":")[2]
     kept = {"top_k": [size], "threshold": [ctypes.c_float]}.get(which, [pointer, size])

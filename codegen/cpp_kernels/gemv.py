@@ -248,11 +248,17 @@ def _described(
 def _problem(
     x: Tensor, weight: Tensor, vectors: int, epilogue: Epilogue | None, threads: int, isa: str
 ) -> Problem:
-    description = _described(x.dtype, weight.dtype, vectors, epilogue)
     shape = {"rows": weight.shape[0], "columns": weight.shape[1], "vectors": vectors}
     sizes = {"element_bytes": x.element_size(), "weight_bytes": weight.element_size()}
-    device = f"{machine()} {isa} threads={threads}"
-    return Problem("gemv cpu", Gemv().source(description), {**shape, **sizes}, device)
+    text = _default_text(x.dtype, weight.dtype, vectors, epilogue)
+    return Problem("gemv cpu", text, {**shape, **sizes}, f"{machine()} {isa} threads={threads}")
+
+
+@functools.cache
+def _default_text(
+    dtype: torch.dtype, weight_dtype: torch.dtype, vectors: int, epilogue: Epilogue | None
+) -> str:
+    return Gemv().source(_described(dtype, weight_dtype, vectors, epilogue))
 
 
 @functools.cache

@@ -243,18 +243,32 @@ def source(
 
 
 def make_arrays(shape: Shape, seed: int = 0) -> Arrays:
-    """Inputs for any family, with a row and a column more than asked for on each side of `a`."""
+    """Inputs for any family, with a row and a column more than asked for on each side of `a`.
+
+    Each array begins at a place of its own within a page, on a cache line: where they lie by chance,
+    loads that cross lines and stores that meet loads at the same offset decide which knobs win.
+    """
     random = np.random.default_rng([seed, shape.rows, shape.columns, shape.depth])
     wide = max(shape.columns, shape.depth)
     cells = (shape.rows + 2) * (wide + 64)
+    second = max(shape.depth * wide, shape.rows) + 64
     return Arrays(
-        a=random.standard_normal(cells, np.float32),
-        b=random.standard_normal(max(shape.depth, 1) * wide + 64, np.float32),
-        bytes=random.integers(-127, 127, cells, np.int8),
-        index=random.integers(0, min(BINS, shape.rows), cells, np.int32),
-        out=np.zeros(max(cells, shape.rows * BINS), np.float32),
-        scratch=np.zeros(shape.rows, np.float32),
+        a=_placed(random.standard_normal(cells, np.float32), 0),
+        b=_placed(random.standard_normal(second, np.float32), 1024),
+        bytes=_placed(random.integers(-127, 127, cells, np.int8), 512),
+        index=_placed(random.integers(0, min(BINS, shape.rows), cells, np.int32), 1536),
+        out=_placed(np.zeros(max(cells, shape.rows * BINS), np.float32), 2048),
+        scratch=_placed(np.zeros(shape.rows, np.float32), 3072),
     )
+
+
+def _placed(values: np.ndarray, offset: int) -> np.ndarray:
+    """A copy that begins `offset` bytes into a page."""
+    memory = np.empty(values.nbytes + 8192, np.uint8)
+    begin = -memory.ctypes.data % 4096 + offset
+    placed = memory[begin : begin + values.nbytes].view(values.dtype)
+    placed[:] = values
+    return placed
 
 
 def _indented(text: str, spaces: int) -> str:
@@ -265,17 +279,18 @@ def _shapes(*sizes: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(Shape(*size) for size in sizes)
 
 
-_PLAIN = _shapes(
-    (16, 1024), (64, 256), (64, 2048), (128, 512), (256, 128), (256, 1024),
-    (512, 512), (512, 4096), (1024, 256), (1024, 1024), (2048, 512), (4096, 128),
+_BOTH = (
+    (16, 1024), (64, 256), (64, 2048), (128, 512), (256, 128), (256, 1024), (512, 512), (1024, 256),
+    (32, 512), (128, 2048), (32, 4096), (2048, 128), (384, 384), (768, 768), (192, 1536), (1536, 256),
+    (320, 320), (8, 8192), (640, 1280), (96, 896),
 )  # fmt: skip
-_FEW = _shapes(
-    (16, 1024), (64, 256), (64, 2048), (128, 512), (256, 128), (256, 1024),
-    (512, 512), (128, 4096), (1024, 256), (768, 768), (1536, 128), (8, 8192),
-)  # fmt: skip
+_PLAIN = _shapes(*_BOTH, (512, 4096), (1024, 1024), (2048, 512), (4096, 128))
+_FEW = _shapes(*_BOTH, (128, 4096), (1536, 128), (48, 640), (448, 1152))
 _PRODUCTS = _shapes(
     (16, 256, 128), (64, 64, 64), (64, 256, 256), (128, 128, 128), (256, 64, 256), (32, 1024, 128),
     (128, 256, 512), (256, 256, 64), (64, 512, 512), (256, 256, 256), (8, 2048, 512), (512, 128, 128),
+    (64, 128, 64), (192, 192, 192), (128, 512, 128), (512, 64, 512), (32, 256, 256), (96, 384, 384),
+    (16, 1024, 256), (320, 320, 64), (64, 768, 192), (256, 128, 256), (128, 64, 1024), (48, 448, 320),
 )  # fmt: skip
 
 
@@ -383,20 +398,7 @@ for (int u = 0; u < UNROLL; ++u) {
     store(out + c + u * WIDTH, total);
 }""",
             reference=lambda t, s: t.b[: s.rows] @ _a(t, s)[t.index[: s.rows]],
-            shapes=_shapes(
-                (16, 1024),
-                (64, 256),
-                (64, 2048),
-                (128, 512),
-                (128, 1024),
-                (256, 1024),
-                (256, 4096),
-                (512, 512),
-                (512, 2048),
-                (64, 8192),
-                (768, 768),
-                (32, 4096),
-            ),
+            shapes=_PLAIN,
         ),
         Family(
             "column_sums",

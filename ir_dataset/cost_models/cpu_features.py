@@ -34,17 +34,19 @@ __all__ = ["CODE", "KERNEL", "NAMES", "code_rows", "configuration_features"]
 
 KERNEL = (
     *("by_columns", "flops_per_element", "bytes_read", "bytes_written", "intensity"),
-    *("log_rows", "log_columns", "log_depth", "log_bytes", "log_flops", "row_bytes_of_page"),
+    *("log_rows", "log_columns", "log_depth", "log_bytes", "log_flops"),
 )
 """The same for all configurations of a kernel and shape: what out-of-distribution is judged by."""
+PLACES = ("row_bytes_of_page", "twos_of_columns", "twos_of_rows", "column_bytes_of_page")
+"""Which lines of a cache rows and columns share: powers of two meet in a few of them."""
 KNOBS = (
     *("rows", "unroll", "width", "block", "prefetch", "threads"),
     *("log_strip", "sums", "strips_in_row", "tiles_of_thread", "blocks", "log_share_bytes"),
-    *("log_seconds", "block_bytes"),
+    *("log_seconds", "block_bytes", "log_tile_bytes", "log_block_bytes"),
 )
 CODE = assembly.FEATURES
 PER_ELEMENT = ("mca_per_element", "instructions_per_element", "log_mca_seconds")
-NAMES = (*KERNEL, *KNOBS, *CODE, *PER_ELEMENT)
+NAMES = (*KERNEL, *PLACES, *KNOBS, *CODE, *PER_ELEMENT)
 """All features, in order."""
 
 
@@ -86,6 +88,9 @@ def configuration_features(
         "log_bytes": np.log2(moved),
         "log_flops": np.log2(flops + 1),
         "row_bytes_of_page": float(shape.columns * 4 % 4096),
+        "twos_of_columns": np.log2(shape.columns & -shape.columns),
+        "twos_of_rows": np.log2(shape.rows & -shape.rows),
+        "column_bytes_of_page": float(shape.rows * 4 % 4096),
         **{name: float(value) for name, value in configuration.as_dict().items()},
         "log_strip": np.log2(strip),
         "sums": float(c.rows * c.unroll),
@@ -95,6 +100,8 @@ def configuration_features(
         "log_share_bytes": np.log2(moved / c.threads),
         "log_seconds": np.log2(seconds),
         "block_bytes": block * rows * 4.0,
+        "log_tile_bytes": np.log2(block * c.rows * 4.0),
+        "log_block_bytes": np.log2(block * rows * 4.0),
         **code,
         "mca_per_element": code["mca_cycles"] / (c.rows * strip),
         "instructions_per_element": code["loop_instructions"] / (c.rows * strip),

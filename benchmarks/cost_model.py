@@ -1,0 +1,222 @@
+"""How good the cost models are, beside what they have to beat, over five seeds.
+
+    python benchmarks/cost_model.py                            # CPU configurations, from the package's data
+    python benchmarks/cost_model.py --only size --size-data f  # code size; f is of cost_models.size_data
+    python benchmarks/cost_model.py --only level2 --size-data f
+
+Nothing is timed here: configurations are judged by the half of the measured passes that nothing was
+chosen by. Results go to benchmarks/results/cost-model-<section>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ir_dataset.cost_models import cpu_data, size, size_data
+from ir_dataset.cost_models.cpu_features import CODE, PER_ELEMENT
+from ir_dataset.cost_models.evaluate import (
+    Judged,
+    folds,
+    interval,
+    judge_model,
+    judge_scores,
+    noise_floor,
+    summary,
+)
+from ir_dataset.cost_models.level2 import Network
+from ir_dataset.cost_models.ranking import Groups
+from ir_dataset.cost_models.settings import CPU
+
+RESULTS = Path(__file__).parent / "results"
+SHOWN = ("top1", "top1_max", "top3", "top5", "tau", "unsure_share", "top1_or_default")
+
+
+def main() -> int:
+    """Run, print and store."""
+    arguments = _arguments()
+    sections: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "cpu": _cpu,
+        "size": _size,
+        "level2": _level2,
+    }
+    console = Console(width=arguments.width)
+    for name in arguments.only or ["cpu"]:
+        rows = sections[name](arguments)
+        told = {
+            "machine": {"cores": os.cpu_count()},
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "seeds": arguments.seeds,
+            "rows": rows,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"cost-model-{name}.json"
+        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        console.print(_table(name, rows))
+    return 0
+
+
+# --- configurations of CPU kernels ---------------------------------------------------------------
+
+
+def _cpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    data = cpu_data.load()
+    rows: dict[str, Any] = {"noise floor": _one(noise_floor(data.groups, data.last, data.default))}
+    for name, scores in _fixed(data).items():
+        rows[name] = _one(list(_judged(data, scores)))
+    random = [
+        summary(list(_judged(data, np.random.default_rng(seed).random(len(data.last)))))
+        for seed in range(arguments.seeds)
+    ]
+    rows["random"] = _over_seeds(random)
+    code = {*CODE, *PER_ELEMENT}
+    models = {"level 1": data.groups, "level 1 without code": _without(data.groups, code)}
+    for kind, count in (("shape", 5), ("family", 7), ("random", 5)):
+        for name, groups in models.items():
+            if kind == "random" and name != "level 1":
+                continue
+            found = [_held_out(data, groups, kind, count, seed) for seed in range(arguments.seeds)]
+            rows[f"{name}, held-out {kind}"] = _over_seeds(found)
+    return rows
+
+
+def _held_out(data: Any, groups: Groups, kind: str, count: int, seed: int) -> dict[str, float]:
+    judged: list[Judged] = []
+    for held in folds(kind, groups.groups, data.families, count, seed):
+        prepare = cpu_data.with_priors if kind == "shape" else None
+        found = judge_model(groups, data.last, held, data.default, CPU, seed, prepare=prepare)
+        judged += [j for j, _ in found]
+    return summary(judged)
+
+
+def _fixed(data: Any) -> dict[str, np.ndarray]:
+    """Selectors that learn nothing, or one configuration for everything; by their scores."""
+    names = data.groups.names
+    column = {name: data.groups.features[:, at] for at, name in enumerate(names)}
+    knobs = data.groups.features[:, [names.index(k) for k in cpu_data.KNOBS]]
+    _, number = np.unique(knobs, axis=0, return_inverse=True)
+    number = number.ravel()
+    static = np.bincount(number, data.groups.centred()) / np.bincount(number)
+    return {
+        "default": np.where(data.default, 0.0, 1.0),
+        "best static (in sample)": static[number],
+        "level 0": column["log_seconds"],
+        "llvm-mca": column["log_mca_seconds"],
+    }
+
+
+def _judged(data: Any, scores: np.ndarray) -> Iterator[Judged]:
+    for group in np.unique(data.groups.groups):
+        at = np.flatnonzero(data.groups.groups == group)
+        default = int(np.flatnonzero(data.default[at])[0])
+        yield judge_scores(int(group), scores[at], data.last[at], default)
+
+
+def _without(groups: Groups, names: set[str]) -> Groups:
+    kept = [at for at, name in enumerate(groups.names) if name not in names]
+    chosen = tuple(groups.names[at] for at in kept)
+    return replace(groups, features=groups.features[:, kept], names=chosen)
+
+
+# --- code size -----------------------------------------------------------------------------------
+
+
+def _size(arguments: argparse.Namespace) -> dict[str, Any]:
+    data = size_data.load(arguments.size_data)
+    rows: dict[str, Any] = {}
+    for kind in size.KINDS:
+        settings = size.SizeSettings(kind=kind)
+        known = data.rows(kind)
+        for name, by_project in (("held-out project", True), ("random split", False)):
+            found = [
+                size.evaluate(known, settings, seed=seed, by_project=by_project)
+                for seed in range(arguments.seeds if by_project else 1)
+            ]
+            rows[f"{kind}, {name}"] = _over_seeds(found)
+    return rows
+
+
+def _level2(arguments: argparse.Namespace) -> dict[str, Any]:
+    data = size_data.load(arguments.size_data)
+    known = data.rows("Oz")
+    at = np.flatnonzero(np.nan_to_num(data.sizes["Oz"]) > 0)
+    second = data.sizes["O2"][at]
+    rows: dict[str, Any] = {}
+    for name, tasks in (("network, Oz and O2", 2), ("network, Oz alone", 1)):
+
+        def fit(train: size.SizeRows, seed: int, tasks: int = tasks) -> Any:
+            other = second[_positions(known, train)]
+            return _SizeNetwork(train, other if tasks == 2 else None, seed)
+
+        found = [
+            size.evaluate(known, size.SizeSettings(), seed=seed, fit=fit)
+            for seed in range(arguments.seeds)
+        ]
+        rows[name] = _over_seeds(found)
+    return rows
+
+
+def _positions(whole: size.SizeRows, part: size.SizeRows) -> np.ndarray:
+    """Rows of `whole` that `part` has: all of its projects, in the same order."""
+    return np.flatnonzero(np.isin(whole.projects, np.unique(part.projects)))
+
+
+class _SizeNetwork:
+    def __init__(self, rows: size.SizeRows, other: np.ndarray | None, seed: int) -> None:
+        labels = [rows.sizes] if other is None else [rows.sizes, other]
+        self.network = Network.fit(rows.features, labels, seed=seed)
+
+    def predict(self, features: np.ndarray) -> size.SizeAnswer:
+        told = self.network.predict(features)[:, 0]
+        return size.SizeAnswer(told, told, told, np.zeros(len(told), bool))
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def _one(judged: list[Judged]) -> dict[str, Any]:
+    return {name: [value, 0.0] for name, value in summary(judged).items()}
+
+
+def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    names = [name for name in found[0] if all(name in one for one in found)]
+    return {name: list(interval([one[name] for one in found])) for name in names}
+
+
+def _table(name: str, rows: dict[str, Any]) -> Table:
+    shown = SHOWN if name == "cpu" else ("mape", "median_ape", "tau", "r2_log", "inside_interval")
+    table = Table(title=f"cost models: {name}; ± is 95 % over the seeds")
+    table.add_column("selector" if name == "cpu" else "model")
+    for column in shown:
+        table.add_column(column, justify="right")
+    for row, values in rows.items():
+        cells = []
+        for column in shown:
+            mean, half = values.get(column, (float("nan"), 0.0))
+            cells.append(f"{mean:.3f}" + (f" ± {half:.3f}" if half else ""))
+        table.add_row(row, *cells)
+    return table
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=("cpu", "size", "level2"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--size-data", type=Path, default=Path("size.npz"))
+    parser.add_argument("--width", type=int, default=150)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
