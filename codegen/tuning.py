@@ -69,10 +69,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A model's answer: candidates' positions, the best first, and why not to trust it, or ""."""
+    """A model's answer.
+
+    Attributes:
+        order: candidates' positions, the best first.
+        unsure: why the first should not be taken unmeasured, or "".
+        unknown: whether even the first few say nothing, as nothing like the problem was learned.
+    """
 
     order: tuple[int, ...]
     unsure: str = ""
+    unknown: bool = False
 
 
 class Ranker(Protocol):
@@ -104,7 +111,7 @@ class Tuning:
     Attributes:
         mode: of `MODES`.
         ranker: a cost model; `model` needs one, `measure` measures everything without one.
-        top_k: candidates to measure besides the default, where the model is sure.
+        top_k: candidates to measure besides the default, unless the problem is unknown to the model.
 
     Raises:
         ConfigError: another mode, `model` without a ranker, or no positive `top_k`.
@@ -181,7 +188,7 @@ def _choice(
         if ranked is None or unsure:
             return Choice(problem, default, f"default: {unsure}")
         return Choice(problem, offered[ranked.order[0]], "model: first of its order")
-    if ranked is None or ranked.unsure:
+    if ranked is None or ranked.unknown:
         tried, why = list(offered), "all"
         if ranked is not None:
             why = f"all, as the model is unsure ({ranked.unsure})"

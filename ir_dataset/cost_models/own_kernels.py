@@ -57,20 +57,19 @@ NAMES = (
 SETTINGS = Settings(
     members=5, trees=120, leaves=12, rate=0.08, ranker_weight=0.3, kernel_features=KERNEL_FEATURES
 )
+_SIZE_NAMES = (
+    *("rows", "columns", "out_size", "kept", "vectors", "element_bytes", "weight_bytes"),
+)
 _SIZES = (
     (256, 256), (512, 512), (768, 768), (1024, 1024), (2048, 768), (768, 2048), (3072, 768),
     (2048, 2048), (4096, 1024), (1024, 4096), (576, 1536), (1536, 576), (320, 960), (4096, 4096),
 )  # fmt: skip
-_SMALL_MOST = 2**22
-"""Elements of the largest fp32 matrix that is measured."""
 
 
 def problems() -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call of each: gemv in three dtypes and two numbers of vectors; gathered blocks."""
     torch.manual_seed(0)
     for out_size, in_size in _SIZES:
-        if out_size * in_size > _SMALL_MOST * 4:
-            continue
         weight = torch.randn(out_size, in_size) / in_size**0.5
         narrow, scale = quantize_rows(weight)
         for vectors in (1, 4):
@@ -99,7 +98,7 @@ def measure() -> Iterator[dict[str, Any]]:
         for choice in how.choices.values():
             for text, seconds in choice.seconds.items():
                 config = vars(config_of(text))
-                sizes = {f"size_{k}": v for k, v in choice.problem.shape.items()}
+                sizes = {f"size_{k}": choice.problem.shape.get(k, 0) for k in _SIZE_NAMES}
                 kernel = {"problem": name, "kernel": choice.problem.kernel}
                 yield {**kernel, **sizes, **config, "seconds": seconds}
 
@@ -208,7 +207,7 @@ class SweepRanker:
         most = int(problem.device.rpartition("threads=")[2])
         rows = [features(problem.kernel, problem.shape, c, most) for c in candidates]
         found = self.model.rank(np.array(rows), default)
-        return Ranked(tuple(int(i) for i in found.order), found.unsure)
+        return Ranked(tuple(int(i) for i in found.order), found.unsure, found.far)
 
 
 def main(path: Path) -> None:

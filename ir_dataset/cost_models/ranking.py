@@ -104,7 +104,8 @@ class Ranking:
         order: rows of the group, the best first.
         score: [rows], less is faster; log time beside the group's best where nothing is blended in.
         low, high: [rows], the interval of predicted log time beside the group's best.
-        unsure: why the order should not be trusted without measuring; "" where it may be.
+        unsure: why the first should not be taken without measuring; "" where it may be.
+        far: whether that is because nothing like this group was learned.
     """
 
     order: NDArray[np.int64]
@@ -112,6 +113,7 @@ class Ranking:
     low: Floats
     high: Floats
     unsure: str = ""
+    far: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,12 +195,12 @@ class RankingModel:
             weight = self.settings.ranker_weight
             score = (1 - weight) * _standard(mean) - weight * _standard(ranked)
         order = np.argsort(score, kind="stable")
-        unsure = self._far(features)
+        unsure = far = self._far(features)
         if not unsure and default is not None and order[0] != default:
             gains = told[:, default] - told[:, order[0]]
             if gains.mean() < self.settings.spread * gains.std():
                 unsure = "the ensemble does not agree that another is faster than the default"
-        return Ranking(order, score, mean - 2 * spread, mean + 2 * spread, unsure)
+        return Ranking(order, score, mean - 2 * spread, mean + 2 * spread, unsure, bool(far))
 
     def _far(self, features: Floats) -> str:
         columns = [self.names.index(name) for name in self.settings.kernel_features]

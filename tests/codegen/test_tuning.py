@@ -108,7 +108,7 @@ def test_model_prunes_and_the_default_is_measured() -> None:
     assert f"2 of {len(many)} measured" in how.report()[0]
 
 
-@pytest.mark.parametrize("answer", [None, Ranked((1, 0), "far away")])
+@pytest.mark.parametrize("answer", [None, Ranked((1, 0), "far away", unknown=True)])
 def test_unsure_model_measures_all_or_keeps_the_default(answer: Ranked | None) -> None:
     timer = Timer()
     with tuning(Tuning("measure", ranker=Model(answer), top_k=1)):
@@ -117,6 +117,13 @@ def test_unsure_model_measures_all_or_keeps_the_default(answer: Ranked | None) -
     with tuning(Tuning("model", ranker=Model(answer))) as how:
         assert choose(PROBLEM, [SLOW, FAST], DEFAULT, timer) == DEFAULT
     assert ("far away" if answer else "does not know") in how.report()[0]
+
+
+def test_unsure_of_the_first_still_prunes() -> None:
+    timer = Timer()
+    with tuning(Tuning("measure", ranker=Model(Ranked((2, 1, 0), "no agreement")), top_k=1)):
+        assert choose(PROBLEM, [SLOW, FAST], DEFAULT, timer) == FAST
+    assert timer.asked == [DEFAULT, FAST]
 
 
 def test_model_alone_runs_nothing() -> None:
