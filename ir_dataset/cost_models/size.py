@@ -60,11 +60,11 @@ class SizeSettings:
     """
 
     kind: str = "Oz"
-    quantile: float = 0.45
+    quantile: float = 0.42
     low: float = 0.1
     high: float = 0.9
-    members: int = 3
-    trees: int = 500
+    members: int = 1
+    trees: int = 300
     leaves: int = 63
     rate: float = 0.05
 
