@@ -13,7 +13,15 @@ from msgspec import Meta
 
 from rewriter.errors import ConfigError
 
-__all__ = ["BuildOptions", "Config", "LabelOptions", "SourceTable", "load_config", "parse_config"]
+__all__ = [
+    "BuildOptions",
+    "Config",
+    "LabelOptions",
+    "SourceTable",
+    "load_config",
+    "parse_config",
+    "shipped",
+]
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
@@ -55,9 +63,11 @@ class TokenOptions(_Table):
 
     vocabulary: Annotated[int, Meta(ge=300, le=1_000_000)] = 10_000
     train_text_mib: Positive = 32.0
+    max_modules: Count = 2000
+    """Modules that are counted and embedded; a sample by hash where there are more."""
 
 
-class Config(_Table):
+class Config(_Table, kw_only=True):
     """The whole file."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -79,6 +89,12 @@ class SourceTable(msgspec.Struct, frozen=True):
     kind: str
     options: dict[str, Any]
     line: int
+
+
+def shipped(name: str) -> Path:
+    """The path of a corpus file: `name` itself, or that of one that comes with the package."""
+    inside = Path(__file__).parent / "corpora" / f"{name}.toml"
+    return inside if re.fullmatch(r"[a-z-]+", name) and inside.is_file() else Path(name)
 
 
 def load_config(path: Path) -> tuple[Config, tuple[SourceTable, ...]]:
@@ -165,19 +181,21 @@ def _at(values: Any, field: str) -> Any:
 
 def line_of(text: str, field: str) -> int:
     """The line, from 1, where a dotted path such as `source[1].kind` is set; else its table's."""
-    table, _, key = field.rpartition(".")
-    if re.fullmatch(r".*\[\d+\]", field):
+    if field.endswith("]"):
         table, key = field, ""
-    wanted, nth = re.fullmatch(r"([^\[]*)(?:\[(\d+)\])?", table).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    current, seen, start = "", -1, 1
-    for number, line in enumerate(text.splitlines(), 1):
+    else:
+        table, _, key = field.rpartition(".")
+    name, _, number = table.rstrip("]").partition("[")
+    nth = int(number or 0)
+    here, seen, start = not name, -1, 1
+    for line_number, line in enumerate(text.splitlines(), 1):
         header = re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line)
+        if header and header.group(1) == field:
+            return line_number
         if header:
-            current = header.group(1)
-            seen += current == wanted
-            if current == wanted and (nth is None or seen == int(nth)):
-                start = number
-        elif key and current == wanted and (nth is None or seen == int(nth)):
-            if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-                return number
+            seen += header.group(1) == name
+            here = header.group(1) == name and seen == nth
+            start = line_number if here else start
+        elif here and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return line_number
     return start

@@ -68,7 +68,8 @@ class ModuleRow(Record):
     dropped_flags: tuple[str, ...]
     n_functions: int
     n_instructions: int
-    n_tokens_bpe: int
+    n_tokens_bpe: int | None
+    """None where the module is not of the sample that was counted."""
     n_text_chars: int
     reader_ok: bool
     license_tier: str
@@ -177,27 +178,46 @@ def _write(path: Path, schema: Any, tables: Iterable[Any]) -> None:
 def write_functions(
     path: Path,
     rows: Sequence[FunctionRow],
-    numbers: Mapping[str, Sequence[float | None]],
+    numbers: Mapping[str, Any],
     embeddings: Any = None,
 ) -> None:
     """Write the child table of functions.
 
     Args:
-        numbers: further columns, each as long as `rows`: properties and labels; None where unknown.
+        numbers: further columns, arrays as long as `rows`: properties and labels; NaN is null.
         embeddings: float32 array [functions, width], the `ir2vec` column, or None.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    types = {
+        "cluster_id": pa.int64(),
+        "n_instructions": pa.int64(),
+        "n_blocks": pa.int64(),
+        "duplicate": pa.bool_(),
+    }
     columns: dict[str, Any] = {
-        name: [getattr(row, name) for row in rows] for name in FunctionRow.__struct_fields__
+        name: pa.array([getattr(row, name) for row in rows], types.get(name, pa.string()))
+        for name in FunctionRow.__struct_fields__
     }
     for name, values in numbers.items():
-        columns[name] = pa.array(values, pa.float32())
+        columns[name] = pa.array(values, pa.float32(), from_pandas=True)
     if embeddings is not None:
         width = embeddings.shape[1]
         columns["ir2vec"] = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), width)
     pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=1 << 16)
+
+
+def write_labels(path: Path, rows: Sequence[tuple[str, str, str, float, str, str]]) -> None:
+    """Write labels: module, function, kind, value, unit and the tools that measured it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("module_id", "name", "kind", "value", "unit", "tools")
+    types = [pa.float64() if name == "value" else pa.string() for name in names]
+    columns = list(zip(*rows, strict=True)) or [()] * len(names)
+    arrays = [pa.array(column, type_) for column, type_ in zip(columns, types, strict=True)]
+    pq.write_table(pa.table(arrays, names=list(names)), path, compression="zstd")
 
 
 def write_licenses(path: Path, store: Store, texts: Mapping[str, str]) -> None:

@@ -91,12 +91,14 @@ class Runner:
         rows = self._rows(stage, tasks)
         return [row.output if row and row.status == "done" else None for row in rows]
 
-    def _rows(self, stage: str, tasks: Sequence[Task]) -> list[TaskRow | None]:
+    def _rows(
+        self, stage: str, tasks: Sequence[Task], *, again: bool = False
+    ) -> list[TaskRow | None]:
         started = time.perf_counter()
         definition = STAGES[stage]
         payloads = [encode(task.input) for task in tasks]
         keys = [digest(stage, definition.version, payload.decode()) for payload in payloads]
-        found = {key: self._before(key) for key in dict.fromkeys(keys)}
+        found = {key: None if again else self._before(key) for key in dict.fromkeys(keys)}
         missing = {key: index for index, key in enumerate(keys) if found[key] is None}
         summary = StageSummary(stage, len(found), len(found) - len(missing))
         self.progress.stage(stage, len(found), summary.reused)
@@ -126,12 +128,13 @@ class Runner:
         self.summaries.append(summary)
         return [found[key] for key in keys]
 
-    def records(self, stage: str, tasks: Sequence[Task]) -> list[Any]:
-        """As `map`, decoded; None where a task failed."""
+    def records(self, stage: str, tasks: Sequence[Task], *, again: bool = False) -> list[Any]:
+        """As `map`, decoded; None where a task failed. `again` runs also what ran before."""
         kind = STAGES[stage].output
+        rows = self._rows(stage, tasks, again=again) if tasks else []
         return [
-            None if output is None else decode(self.store.get(output), kind)
-            for output in self.map(stage, tasks)
+            decode(self.store.get(row.output), kind) if row and row.status == "done" else None
+            for row in rows
         ]
 
     def one(self, stage: str, task: Task) -> Any:

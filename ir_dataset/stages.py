@@ -6,10 +6,17 @@ something else, and only what follows from it runs again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ir_dataset import embedding, tokens
+from ir_dataset.features import ModuleFeatures, featurise
+from ir_dataset.ir_text import parse_module
+from ir_dataset.labels import ModuleLabels, label_module
+from ir_dataset.license import UnitLicense, decide
+from ir_dataset.reader import read_module
 from ir_dataset.records import (
     BuildResult,
     Fetched,
@@ -23,8 +30,24 @@ from ir_dataset.sources import find_source
 from ir_dataset.sources.source import BuildLimits
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
+from ir_dataset.verify import ModuleSummary, verify_module
 
-__all__ = ["STAGES", "BuildInput", "DiscoverInput", "FetchInput", "Packages", "Stage"]
+__all__ = [
+    "STAGES",
+    "BuildInput",
+    "DiscoverInput",
+    "EncodeInput",
+    "Encoding",
+    "FetchInput",
+    "LabelInput",
+    "LicenseInput",
+    "ModuleInput",
+    "Packages",
+    "Stage",
+    "UnitLicenses",
+    "Vocabularies",
+    "VocabularyInput",
+]
 
 
 @dataclass(frozen=True)
@@ -43,7 +66,7 @@ class Stage:
         return store.put(encode(self.function(store, decode(payload, self.input))))
 
 
-class DiscoverInput(Record):
+class DiscoverInput(Record, frozen=True):
     """A `[[source]]` table."""
 
     kind: str
@@ -52,20 +75,20 @@ class DiscoverInput(Record):
     """Of the plug-in."""
 
 
-class Packages(Record):
+class Packages(Record, frozen=True):
     """What a source has, sorted by name."""
 
     packages: tuple[Package, ...]
 
 
-class FetchInput(Record):
+class FetchInput(Record, frozen=True):
     """A package to fetch."""
 
     package: Package
     version: str
 
 
-class BuildInput(Record):
+class BuildInput(Record, frozen=True):
     """A fetched package to build."""
 
     fetched: Fetched
@@ -77,6 +100,69 @@ class BuildInput(Record):
     memory_bytes: int
     disk_bytes: int
     jobs: int
+
+
+class ModuleInput(Record, frozen=True):
+    """A module to read."""
+
+    module: str
+    writer_llvm: str
+    allow_newer: bool
+
+
+class LicenseInput(Record, frozen=True):
+    """A build result in the store, by hash."""
+
+    build: str
+
+
+class UnitLicenses(Record, frozen=True):
+    """One licence a unit, in the units' order."""
+
+    units: tuple[UnitLicense, ...]
+
+
+class VocabularyInput(Record, frozen=True):
+    """What the byte-pair and the embedding vocabulary are trained on: modules, in this order."""
+
+    modules: tuple[ModuleInput, ...]
+    tokens: int
+    seed: int
+    text_bytes: int
+    """Text that is read; modules beyond it are not."""
+
+
+class Vocabularies(Record, frozen=True):
+    """Both vocabularies in the store, by hash."""
+
+    tokenizer: str
+    embedding: str
+    text_bytes: int
+
+
+class EncodeInput(Record, frozen=True):
+    """A module to count tokens of and to embed."""
+
+    module: ModuleInput
+    tokenizer: str
+    embedding: str
+
+
+class Encoding(Record, frozen=True):
+    """A module in the vocabularies' terms."""
+
+    module: str
+    n_tokens: int
+    vectors: bytes
+    """float32, little-endian, [functions, `embedding.DIMENSION`]."""
+
+
+class LabelInput(Record, frozen=True):
+    """A module to compile."""
+
+    module: str
+    toolchain: str
+    timeout_s: float
 
 
 def _discover(store: Store, task: DiscoverInput) -> Packages:
@@ -104,11 +190,66 @@ def _build(store: Store, task: BuildInput) -> BuildResult:
         )
 
 
+def _verify(store: Store, task: ModuleInput) -> ModuleSummary:
+    return verify_module(
+        store, task.module, writer_llvm=task.writer_llvm, allow_newer=task.allow_newer
+    )
+
+
+def _license(store: Store, task: LicenseInput) -> UnitLicenses:
+    return UnitLicenses(units=decide(store, decode(store.get(task.build), BuildResult)))
+
+
+def _featurise(store: Store, task: ModuleInput) -> ModuleFeatures:
+    return featurise(store, task.module, writer_llvm=task.writer_llvm, allow_newer=task.allow_newer)
+
+
+def _text(store: Store, task: ModuleInput) -> str:
+    data = store.get(task.module)
+    return read_module(data, writer_llvm=task.writer_llvm, allow_newer=task.allow_newer).text
+
+
+def _vocabulary(store: Store, task: VocabularyInput) -> Vocabularies:
+    texts: list[str] = []
+    triplets: Counter[embedding.Triplet] = Counter()
+    size = 0
+    for module in task.modules:
+        if size > task.text_bytes:
+            break
+        texts.append(_text(store, module))
+        size += len(texts[-1])
+        triplets += embedding.count_triplets(parse_module(texts[-1]).functions)
+    trained = embedding.train_vocabulary(triplets, seed=task.seed)
+    return Vocabularies(
+        tokenizer=store.put(tokens.train_tokenizer(texts, task.tokens)),
+        embedding=store.put(encode(trained)),
+        text_bytes=size,
+    )
+
+
+def _encode(store: Store, task: EncodeInput) -> Encoding:
+    text = _text(store, task.module)
+    vocabulary = decode(store.get(task.embedding), embedding.Vocabulary)
+    vectors = embedding.embed_functions(parse_module(text).functions, vocabulary)
+    (n_tokens,) = tokens.count(store.get(task.tokenizer), [text])
+    return Encoding(module=task.module.module, n_tokens=n_tokens, vectors=vectors.tobytes())
+
+
+def _label(store: Store, task: LabelInput) -> ModuleLabels:
+    return label_module(store, task.module, timeout_s=task.timeout_s)
+
+
 DAY = 86_400.0
 
 STAGES: dict[str, Stage] = {
     "discover": Stage("1", _discover, DiscoverInput, Packages, 600),
     "fetch": Stage("1", _fetch, FetchInput, Fetched, 1200),
     "build": Stage("1", _build, BuildInput, BuildResult, DAY),
+    "verify": Stage("1", _verify, ModuleInput, ModuleSummary, 300),
+    "license": Stage("1", _license, LicenseInput, UnitLicenses, 600),
+    "featurise": Stage("1", _featurise, ModuleInput, ModuleFeatures, 300),
+    "vocabulary": Stage("1", _vocabulary, VocabularyInput, Vocabularies, 3600),
+    "encode": Stage("1", _encode, EncodeInput, Encoding, 300),
+    "label": Stage("1", _label, LabelInput, ModuleLabels, DAY),
 }
 """The table: one line a stage."""

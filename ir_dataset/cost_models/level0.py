@@ -98,10 +98,10 @@ def occupancy(gpu: Gpu, *, registers: int, shared_bytes: int, num_warps: int) ->
         raise ConfigError("num_warps", num_warps, "at least 1")
     warp = math.ceil(max(registers, 1) * gpu.warp_size / gpu.register_unit) * gpu.register_unit
     limits = {
+        "programs": gpu.programs,  # first, so that what limits as much is not blamed
         "registers": gpu.registers // (warp * num_warps),
         "shared": gpu.shared_bytes // (shared_bytes + 1024) if shared_bytes else gpu.programs,
         "threads": gpu.threads // (num_warps * gpu.warp_size),
-        "programs": gpu.programs,
     }
     limit = min(limits, key=lambda name: limits[name])
     if limits[limit] < 1:

@@ -75,7 +75,7 @@ class Network:
         middle = torch.stack([c[k].mean() for c, k in zip(wanted.T, known.T, strict=True)])
         spread = torch.stack([c[k].std() for c, k in zip(wanted.T, known.T, strict=True)]) + 1e-6
         target = torch.where(known, (wanted - middle) / spread, 0.0)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(seed)
             trunk, heads = _modules(logs.shape[1], len(labels), settings)
             _train(trunk, heads, (logs - centre) / width, target, known, settings, generator)

@@ -121,7 +121,7 @@ def boosters_of(texts: Sequence[str]) -> list[lightgbm.Booster]:
     import lightgbm
 
     try:
-        return [lightgbm.Booster(params={"verbosity": -1}, model_str=text) for text in texts]
+        return [lightgbm.Booster(model_str=text) for text in texts]
     except lightgbm.basic.LightGBMError as error:
         raise ArtifactError(f"a booster of the cost model cannot be read: {error}") from error
 

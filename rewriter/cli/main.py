@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ir_dataset.cli import app as ir
 from rewriter.cli.arguments import check_file, examples, parse_ids
 from rewriter.cli.console import guarded, out, stages, write_json
 from rewriter.errors import ConfigError
@@ -24,6 +25,8 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 verification failed, 2 bad usage or input, 3 a defect of ours, "
     "130 interrupted.",
 )
+
+app.add_typer(ir)
 
 Model = Annotated[
     str, typer.Argument(help="Hugging Face directory, .pt2, or package.module:factory")
