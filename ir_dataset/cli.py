@@ -181,14 +181,12 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 
 def _show_tools(rows: Any, mixed: Any) -> None:
-    import msgspec
-
-    values = [msgspec.to_builtins(row) for row in rows]
     table = Table()
-    for name in values[0]:
-        table.add_column(name)
-    for row in values:
-        table.add_row(*(str(value) for value in row.values()))
+    for name in ("tool", "role", "LLVM", "status", "where, or how to get it"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        place = row.path or row.install
+        table.add_row(row.name, row.role, row.llvm_version, row.status, place)
     out.print(table)
     for line in mixed:
         out.print(f"mixed: {line}", style="red", markup=False)

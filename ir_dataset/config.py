@@ -31,7 +31,7 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A table of the file: unknown keys are errors."""
 
 
-class BuildOptions(_Table):
+class BuildOptions(_Table, frozen=True):
     """`[build]`: what one package may take."""
 
     wall_s: Positive = 900.0
@@ -42,7 +42,7 @@ class BuildOptions(_Table):
     """Processes within one build; packages are built beside each other by `--jobs`."""
 
 
-class LabelOptions(_Table):
+class LabelOptions(_Table, frozen=True):
     """`[label]`: which kept modules get labels; making them costs more than all else but building."""
 
     max_modules: Count = 2000
@@ -50,7 +50,7 @@ class LabelOptions(_Table):
     timeout_s: Positive = 120.0
 
 
-class SplitOptions(_Table):
+class SplitOptions(_Table, frozen=True):
     """`[split]`: shares of project families, and the language that only the test set has."""
 
     train: Annotated[float, Meta(gt=0, lt=1)] = 0.8
@@ -58,7 +58,7 @@ class SplitOptions(_Table):
     held_out_language: str = "zig"
 
 
-class TokenOptions(_Table):
+class TokenOptions(_Table, frozen=True):
     """`[tokens]`: the byte-pair vocabulary trained on the training split's text."""
 
     vocabulary: Annotated[int, Meta(ge=300, le=1_000_000)] = 10_000
@@ -67,7 +67,7 @@ class TokenOptions(_Table):
     """Modules that are counted and embedded; a sample by hash where there are more."""
 
 
-class Config(_Table, kw_only=True):
+class Config(_Table, frozen=True, kw_only=True):
     """The whole file."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]*$")]

@@ -40,7 +40,7 @@ SHARD_BYTES = 500_000_000
 """Bitcode in one file, as in ComPile."""
 
 
-class ModuleRow(Record):
+class ModuleRow(Record, frozen=True):
     """A packed module less its bitcode."""
 
     license_expression: str
@@ -77,7 +77,7 @@ class ModuleRow(Record):
     dup_count: int
 
 
-class FunctionRow(Record):
+class FunctionRow(Record, frozen=True):
     """A function of a packed module."""
 
     module_id: str

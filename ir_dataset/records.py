@@ -32,7 +32,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of all records: immutable, compared by value."""
 
 
-class Package(Record):
+class Package(Record, frozen=True):
     """One thing to build, as a source lists it."""
 
     source: str
@@ -49,7 +49,7 @@ class Package(Record):
     """What the plug-in needs to fetch and build it; part of the identity."""
 
 
-class StoredFile(Record):
+class StoredFile(Record, frozen=True):
     """A file whose bytes lie in the store."""
 
     name: str
@@ -57,7 +57,7 @@ class StoredFile(Record):
     size: int
 
 
-class License(Record):
+class License(Record, frozen=True):
     """What is known about a package's licence before each unit's is decided.
 
     `kind` says how to read it: `dep5` (a machine-readable debian/copyright, in `files`), `spdx` (one
@@ -71,7 +71,7 @@ class License(Record):
     files: tuple[StoredFile, ...] = ()
 
 
-class Fetched(Record):
+class Fetched(Record, frozen=True):
     """A package with everything that its build needs, none of it on the network any more."""
 
     package: Package
@@ -79,7 +79,7 @@ class Fetched(Record):
     license: License
 
 
-class TranslationUnit(Record):
+class TranslationUnit(Record, frozen=True):
     """One compilation that was seen, and the unoptimised bitcode it gives."""
 
     module: str
@@ -107,7 +107,7 @@ class TranslationUnit(Record):
     """True where the writer has no way to give unoptimised IR."""
 
 
-class BuildFailure(Record):
+class BuildFailure(Record, frozen=True):
     """A unit, or a whole package where `source_path` is empty, that gave no bitcode, and why."""
 
     kind: str
@@ -116,7 +116,7 @@ class BuildFailure(Record):
     source_path: str = ""
 
 
-class BuildResult(Record):
+class BuildResult(Record, frozen=True):
     """What a build left: complete or not, every unit that was saved counts."""
 
     package: Package
