@@ -185,8 +185,9 @@ def test_triton_autotuner_takes_it() -> None:
     runtime = pytest.importorskip("triton.runtime.autotuner")
     configs = [triton.Config({"BLOCK": b}, num_warps=4) for b in (16, 32, 64, 128)]
     pruned = prune_configs_by(lambda v: 1.0 / v["BLOCK"], {"BLOCK": 16}, top_k=2)
-    kernel = type("Kernel", (), {"arg_names": ["n"], "fn": None, "__name__": "kernel"})()
-    kernel.fn = kernel
+
+    def kernel(n: int, BLOCK: int) -> None: ...
+
     tuner = runtime.Autotuner(
         kernel,
         ["n"],

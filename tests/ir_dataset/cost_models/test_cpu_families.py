@@ -56,7 +56,7 @@ def test_wrong_numbers_are_never_timed() -> None:
     wrong = replace(
         good, shapes=(Shape(8, 64),), reference=lambda t, s: 1.01 * good.reference(t, s)
     )
-    with pytest.raises(VerificationError, match=r"rank_one .* error 1\.\de-02"):
+    with pytest.raises(VerificationError, match=r"rank_one .* error 9.9"):
         list(measure([wrong], passes=1, budget_s=0.0))
     with pytest.raises(VerificationError, match="nan"):
         silent = replace(good, shapes=(Shape(8, 64),), inside="")
