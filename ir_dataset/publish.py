@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "RUN", "publish"]
 
 MANIFEST = "manifest.json"
+FEATURE = "feature_"
+"""Before the names of features in the table of functions."""
 RUN = "run.json"
-"""Times and what was reused: the only file that differs between two runs over the same objects."""
+"""Times and what was reused. It and the card, which tells them, are all that differs between two runs over
+the same objects; the manifest leaves both out."""
 
 
 def publish(corpus: Corpus, pipeline: Pipeline, output: Path, *, card: bool, train: bool) -> None:
@@ -166,7 +169,7 @@ def _numbers(corpus: Corpus, packed: list[Kept]) -> dict[str, np.ndarray]:
             known = dict(zip(way.names, way.sizes, strict=True))
             sizes[f"size_{way.kind.lower()}"][start:stop] = [known.get(n, np.nan) for n in names]
         start = stop
-    return sizes | {name: features[:, at] for at, name in enumerate(FEATURES)}
+    return sizes | {f"{FEATURE}{name}": features[:, at] for at, name in enumerate(FEATURES)}
 
 
 def _kinds(corpus: Corpus) -> list[str]:
@@ -314,7 +317,8 @@ def _train(corpus: Corpus, place: Path) -> None:
 
 
 def _write_manifest(place: Path) -> None:
-    files = sorted(path for path in place.rglob("*") if path.is_file() and path.name != RUN)
+    timed = {RUN, "card.html"}
+    files = sorted(path for path in place.rglob("*") if path.is_file() and path.name not in timed)
     hashes = {
         path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files

@@ -33,8 +33,9 @@ def fit_dataset(directory: Path) -> dict[str, Any]:
     wanted = [f"size_{kind.lower()}" for kind in KINDS]
     there = set(pq.read_schema(path).names)
     columns = [name for name in wanted if name in there]
-    table = pq.read_table(path, columns=["project", "split", "duplicate", *columns, *FEATURES])
-    features = np.stack([table[name].to_numpy() for name in FEATURES], 1)
+    numbers = [f"feature_{name}" for name in FEATURES]
+    table = pq.read_table(path, columns=["project", "split", "duplicate", *columns, *numbers])
+    features = np.stack([table[name].to_numpy() for name in numbers], 1)
     split, projects = (np.array(table[name].to_pylist()) for name in ("split", "project"))
     unique = ~table["duplicate"].to_numpy()
     seen = hashlib.sha256(path.read_bytes()).hexdigest()

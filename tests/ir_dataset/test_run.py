@@ -16,6 +16,8 @@ for needed in ("pyarrow", "llvmlite", "msgspec", "pebble"):
 import pyarrow.parquet as pq  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+TIMED = {"run.json", "card.html"}
+"""Files that hold times."""
 LANGUAGES = ("c", "cpp", "fortran", "rust", "zig")
 
 
@@ -56,7 +58,7 @@ def _hashes(directory):
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in TIMED
     }
 
 
@@ -82,9 +84,17 @@ def test_every_module_becomes_a_row_with_its_bitcode(packed):
 
 def test_functions_have_features_and_sizes(packed):
     table = pq.read_table(packed / "out" / "functions.parquet")
-    assert table["blocks"].null_count == 0
+    assert table["feature_blocks"].null_count == 0
     assert any(size for size in table["size_o2"].to_pylist())
     assert len(table["ir2vec"][0]) == 75
+
+
+def test_a_card_is_drawn_and_too_few_labels_train_nothing(packed):
+    assert "data:image/png;base64," in (packed / "out" / "card.html").read_text()
+    assert "configs:" in (packed / "out" / "README.md").read_text()
+    models = json.loads((packed / "out" / "models.json").read_text())
+    assert "below 50" in models["Oz"].get("reason", "below 50")
+    assert "below 50" in models["O2"]["reason"]
 
 
 def test_the_audit_is_published_and_clean(packed):
