@@ -56,5 +56,5 @@ def test_unknown_sources_are_told_what_there_is():
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="corpus.toml"):
+    with pytest.raises(ConfigError, match=r"corpus\.toml"):
         load_config(tmp_path / "corpus.toml")
