@@ -15,12 +15,9 @@ SOURCES: dict[str, str] = {
     "debian": "ir_dataset.sources.debian:Debian",
     "debian-crates": "ir_dataset.sources.debian_crates:DebianCrates",
     "fortran": "ir_dataset.sources.fortran:Fortran",
-    "julia": "ir_dataset.sources.julia:Julia",
     "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "own-kernels": "ir_dataset.sources.own_kernels:OwnKernels",
     "pypi-sdist": "ir_dataset.sources.pypi_sdist:PypiSdist",
-    "spack": "ir_dataset.sources.spack:Spack",
-    "swift": "ir_dataset.sources.swift:Swift",
     "zig-std": "ir_dataset.sources.zig_std:ZigStd",
 }
 """By the `kind` of a `[[source]]` table: module and class, imported when asked for."""
