@@ -42,8 +42,6 @@ def _command(config, store, output, *more):
         "run",
         "--config",
         str(config),
-        "--until",
-        "pack",
     ]
     return [*run, "--store", str(store), "--output", str(output), "--jobs", "1", *more]
 
