@@ -95,5 +95,5 @@ def test_a_stopped_build_keeps_what_it_gave(build):
 
 
 def test_a_batch_that_gives_nothing_raises(build):
-    with pytest.raises(SourceError, match="nothing compiled: .*no such module"):
+    with pytest.raises(SourceError, match=r"nothing compiled: .*no such module"):
         build(_unit("a.c", FAIL))
