@@ -43,6 +43,8 @@ _REGISTRY = "usr/share/cargo/registry"
 _PLATFORMS = ("winapi", "windows", "core-foundation", "security-framework", "rustc-std-workspace")
 """Crates of other systems, and ones with nothing in them: no packages of their own."""
 _RUSTFLAGS = ("--emit=llvm-bc,link", "-Cno-prepopulate-passes", "--cap-lints=allow")
+_TIME = re.compile(r" in (?:\d+m )?[\d.]+s$", re.MULTILINE)
+"""How long the build took, which is another each time."""
 _PATH = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 _MANIFEST = """\
@@ -214,7 +216,7 @@ class DebianCrates:
             failures=() if complete else (stopped,),
             license=fetched.license,
             complete=complete,
-            log=store.put(finished.tail.encode()),
+            log=store.put(_TIME.sub("", finished.tail).encode()),
         )
 
 

@@ -26,6 +26,7 @@ from ir_dataset.records import (
     Package,
     StoredFile,
     TranslationUnit,
+    digest,
 )
 from ir_dataset.sources.inductor_texts import HEADERS, inductor_texts, why_no_inductor
 from ir_dataset.sources.kernel_texts import cpp_texts, triton_texts
@@ -93,7 +94,7 @@ class OwnKernels:
         return None if None in reasons else "; ".join(filter(None, reasons))
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
-        """One package for each part, its version a hash of the texts.
+        """One package for each part, its version with a hash of what they come from.
 
         Raises:
             ConfigError: an option is unknown, of a wrong type or value.
@@ -183,12 +184,20 @@ def _why_not(part: str, toolchain: Toolchain) -> str | None:
 
 
 def _version(part: str) -> str:
+    """With what writes the IR, and a hash of what the texts are generated from."""
     from importlib.metadata import version
 
-    made_by = {"triton": "triton", "inductor": "torch"}.get(part, "rewriter")
-    return (
-        f"{version('rewriter')}+{made_by}-{version(made_by)}" if part != "cpp" else version(made_by)
-    )
+    folders = {"cpp": "codegen/cpp_kernels", "triton": "codegen/triton_kernels"}
+    if part == "inductor":
+        places = [Path(__file__).with_name("inductor_texts.py")]
+    else:
+        here = Path(__file__).with_name("kernel_texts.py")
+        folder = Path(__file__).parents[2] / folders[part]
+        places = [here, *sorted(one for one in folder.iterdir() if one.is_file())]
+    texts = digest([one.read_text(encoding="utf-8") for one in places])[:12]
+    made_by = {"triton": "triton", "inductor": "torch"}.get(part)
+    tool = f".{made_by}-{version(made_by)}" if made_by else ""
+    return f"{version('rewriter')}+{texts}{tool}"
 
 
 def _stored(store: Store, name: str, text: str) -> StoredFile:
