@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from rewriter.errors import ArtifactError
+from rewriter.export.directory import read_json
 from rewriter.report.files import write_file
 
 __all__ = ["COMPILE_TOKENS", "write_card"]
@@ -50,10 +49,10 @@ def write_card(directory: Path) -> None:
     Raises:
         ArtifactError: it is no dataset, or one of its files is damaged.
     """
-    summary, audit = (_read(directory / name) for name in ("summary.json", "audit.json"))
-    run = _read(directory / "run.json") if (directory / "run.json").exists() else {"stages": []}
+    summary, audit = (read_json(directory / name) for name in ("summary.json", "audit.json"))
+    run = read_json(directory / "run.json") if (directory / "run.json").exists() else {"stages": []}
     models_path = directory / "models.json"
-    models = _read(models_path) if models_path.exists() else {}
+    models = read_json(models_path) if models_path.exists() else {}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         summary=summary,
@@ -65,13 +64,6 @@ def write_card(directory: Path) -> None:
     )
     write_file(directory / "card.html", page.encode(), "dataset")
     write_file(directory / "README.md", _readme(directory, summary).encode(), "dataset")
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
 def _readme(directory: Path, summary: dict[str, Any]) -> str:

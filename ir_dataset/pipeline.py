@@ -282,11 +282,11 @@ class Pipeline:
         self.runner.progress.stage("dedup", 1, 0)
         deduplicated = deduplicate(entries)
         self.runner.progress.advance("", False)
-        allowed = "a" if self.config.license_tier == "a" else "ab"
+        allowed = ("a",) if self.config.license_tier == "a" else ("a", "b")
         kept = tuple(
             Kept(read[one.entry], one.dup_count, one.duplicate, one.cluster)
             for one in deduplicated.modules
-            if read[one.entry].license.tier in tuple(allowed)
+            if read[one.entry].license.tier in allowed
         )
         return deduplicated, kept
 

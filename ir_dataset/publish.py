@@ -52,7 +52,7 @@ def publish(corpus: Corpus, pipeline: Pipeline, output: Path, *, card: bool, tra
         progress.advance("", False)
         if train:
             progress.stage("train", 1, 0)
-            _train(corpus, place)
+            _train(place)
             progress.advance("", False)
         _write_text(place / RUN, pipeline.summary())
         if card:
@@ -309,7 +309,7 @@ def _write_vocabularies(corpus: Corpus, pipeline: Pipeline, place: Path) -> None
             (place / name).write_bytes(store.get(sha))
 
 
-def _train(corpus: Corpus, place: Path) -> None:
+def _train(place: Path) -> None:
     from ir_dataset.cost_models.fit_dataset import fit_dataset
 
     figures = fit_dataset(place)

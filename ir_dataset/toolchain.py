@@ -63,6 +63,11 @@ _KNOWN: dict[str, _Known] = {
 }
 
 
+_NO_C_COMPILER = (
+    f"no C compiler of LLVM {LLVM_MAJOR}: {_KNOWN['clang'].install}, or {_KNOWN['zig'].install}"
+)
+
+
 class ToolRow(Record, frozen=True):
     """One line of `rewriter ir doctor`."""
 
@@ -169,11 +174,12 @@ class Toolchain:
         """
         found = self.c_compiler()
         if found is None:
-            raise SourceError(
-                f"no C compiler of LLVM {LLVM_MAJOR}: {_KNOWN['clang'].install},"
-                f" or {_KNOWN['zig'].install}"
-            )
+            raise SourceError(_NO_C_COMPILER)
         return found
+
+    def why_no_c_compiler(self) -> str | None:
+        """What `need_c_compiler` would raise; None where there is one."""
+        return None if self.c_compiler() else _NO_C_COMPILER
 
     def matrix(self) -> tuple[ToolRow, ...]:
         """Every writer, reader and tool, whether it is there or not."""

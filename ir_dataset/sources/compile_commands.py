@@ -22,7 +22,7 @@ from ir_dataset.extract.collect import collect, files_below
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.records import BuildFailure, BuildResult, Fetched, Package, digest
 from ir_dataset.sources.local_tree import own_license, sha256_of
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -61,11 +61,7 @@ class CompileCommands:
 
     def missing(self, toolchain: Toolchain) -> str | None:
         """Needs a C compiler of the pinned LLVM."""
-        try:
-            toolchain.need_c_compiler()
-        except SourceError as error:
-            return str(error)
-        return None
+        return toolchain.why_no_c_compiler()
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
         """One package; its version is the hash of the entries and their sources.
@@ -159,10 +155,7 @@ class CompileCommands:
 
 
 def _options(options: Mapping[str, Any]) -> _Options:
-    try:
-        wanted = msgspec.convert(options, _Options)
-    except msgspec.ValidationError as error:
-        raise ConfigError("source", dict(options), f"path = file ({error})") from error
+    wanted = convert_options(options, _Options, "path = file")
     if not Path(wanted.path).is_file():
         raise ConfigError("source.path", wanted.path, "a compile_commands.json")
     return wanted

@@ -18,7 +18,7 @@ from ir_dataset.extract.build import HookedBuild, why
 from ir_dataset.extract.sandbox import Sandbox
 from ir_dataset.records import BuildResult, Fetched, License, Package, StoredFile
 from ir_dataset.sources.apt import PROFILES, Apt
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -55,11 +55,7 @@ class Debian:
         for tool, package in (("apt-get", "apt"), ("dpkg-buildpackage", "dpkg-dev")):
             if not shutil.which(tool):
                 return f"{tool} is not installed: apt-get install {package} (Debian or Ubuntu only)"
-        try:
-            toolchain.need_c_compiler()
-        except SourceError as error:
-            return str(error)
-        return None
+        return toolchain.why_no_c_compiler()
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
         """Versions from the archive's index, the newest first in `options["versions"]`.
@@ -126,10 +122,7 @@ class Debian:
 
 
 def _options(options: Mapping[str, Any]) -> _Options:
-    try:
-        wanted = msgspec.convert(options, _Options)
-    except msgspec.ValidationError as error:
-        raise ConfigError("source", dict(options), f"packages = [names] ({error})") from error
+    wanted = convert_options(options, _Options, "packages = [names]")
     for name in wanted.packages:
         if not _NAME.fullmatch(name):
             raise ConfigError("source.packages", name, "names of Debian source packages")

@@ -31,7 +31,7 @@ from ir_dataset.records import (
     TranslationUnit,
 )
 from ir_dataset.sources.apt import Apt
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -221,11 +221,7 @@ class DebianCrates:
 
 
 def _options(options: Mapping[str, Any]) -> _Options:
-    try:
-        wanted = msgspec.convert(options, _Options)
-    except msgspec.ValidationError as error:
-        allowed = f"packages = [names], dependencies, features ({error})"
-        raise ConfigError("source", dict(options), allowed) from error
+    wanted = convert_options(options, _Options, "packages = [names], dependencies, features")
     for name in wanted.packages:
         if not _NAME.fullmatch(name):
             raise ConfigError("source.packages", name, "crates by Debian's name: `-` for `_`")

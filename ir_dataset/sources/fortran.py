@@ -17,10 +17,10 @@ from ir_dataset.extract.batch import OUTPUT, Batch, BatchUnit, sandbox_of
 from ir_dataset.records import BuildResult, Fetched, Package, StoredFile, TranslationUnit
 from ir_dataset.sources.apt import Apt
 from ir_dataset.sources.debian import Debian, download, unpack
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
-from rewriter.errors import ConfigError, SourceError
+from rewriter.errors import SourceError
 
 __all__ = ["Fortran"]
 
@@ -65,12 +65,7 @@ class Fortran:
         Raises:
             ConfigError: an option is unknown or of a wrong type, or there is no such package.
         """
-        try:
-            wanted = msgspec.convert(options, _Options)
-        except msgspec.ValidationError as error:
-            raise ConfigError(
-                "source", dict(options), f"packages, directories, limit ({error})"
-            ) from error
+        wanted = convert_options(options, _Options, "packages, directories, limit")
         how = {"directories": list(wanted.directories), "limit": wanted.limit}
         return [
             msgspec.structs.replace(

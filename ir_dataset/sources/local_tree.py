@@ -28,7 +28,7 @@ from ir_dataset.records import (
     TranslationUnit,
     digest,
 )
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -148,10 +148,7 @@ def own_license(expression: str, files: Sequence[StoredFile]) -> License:
 
 
 def _options(options: Mapping[str, Any]) -> _Options:
-    try:
-        wanted = msgspec.convert(options, _Options)
-    except msgspec.ValidationError as error:
-        raise ConfigError("source", dict(options), f"path = directory ({error})") from error
+    wanted = convert_options(options, _Options, "path = directory")
     if not Path(wanted.path).is_dir():
         raise ConfigError("source.path", wanted.path, "a directory")
     return wanted

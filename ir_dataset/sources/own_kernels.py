@@ -30,7 +30,7 @@ from ir_dataset.records import (
 )
 from ir_dataset.sources.inductor_texts import HEADERS, inductor_texts, why_no_inductor
 from ir_dataset.sources.kernel_texts import cpp_texts, triton_texts
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -155,11 +155,7 @@ class OwnKernels:
 
 
 def _options(options: Mapping[str, Any]) -> _Options:
-    try:
-        wanted = msgspec.convert(options, _Options)
-    except msgspec.ValidationError as error:
-        allowed = f"parts, targets, isas, per_operator ({error})"
-        raise ConfigError("source", dict(options), allowed) from error
+    wanted = convert_options(options, _Options, "parts, targets, isas, per_operator")
     for field, values, allowed in (
         ("parts", wanted.parts, _PARTS),
         ("targets", wanted.targets, _TARGETS),

@@ -25,7 +25,7 @@ import msgspec
 from ir_dataset.extract.batch import sandbox_of
 from ir_dataset.extract.build import HookedBuild
 from ir_dataset.records import BuildResult, Fetched, License, Package, StoredFile
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -67,11 +67,7 @@ class PypiSdist:
             return "no C compiler for the packages' own build: apt-get install gcc"
         if subprocess.run([*_PIP, "--version"], capture_output=True, check=False).returncode:
             return f"pip is not installed for {sys.executable}: python -m ensurepip"
-        try:
-            toolchain.need_c_compiler()
-        except SourceError as error:
-            return str(error)
-        return None
+        return toolchain.why_no_c_compiler()
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
         """Versions are the newest that the index has, unless given.
@@ -149,10 +145,7 @@ _QUIET = {
 
 
 def _options(options: Mapping[str, Any]) -> _Options:
-    try:
-        return msgspec.convert(options, _Options)
-    except msgspec.ValidationError as error:
-        raise ConfigError("source", dict(options), f"packages = [names] ({error})") from error
+    return convert_options(options, _Options, "packages = [names]")
 
 
 def _newest(name: str) -> str:

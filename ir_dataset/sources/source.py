@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import msgspec
 
 from ir_dataset.records import BuildResult, Fetched, Package
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
+from rewriter.errors import ConfigError
 
-__all__ = ["BuildLimits", "Source"]
+__all__ = ["BuildLimits", "Source", "convert_options"]
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +79,15 @@ class Source(Protocol):
             SourceError: nothing could be built.
         """
         ...
+
+
+def convert_options(options: Mapping[str, Any], kind: type[Options], allowed: str) -> Options:
+    """A source's table as the struct that it declares.
+
+    Raises:
+        ConfigError: a key is unknown or of a wrong type; `allowed` says what there is.
+    """
+    try:
+        return msgspec.convert(options, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError("source", dict(options), f"{allowed} ({error})") from error

@@ -20,7 +20,7 @@ import msgspec
 
 from ir_dataset.extract.batch import OUTPUT, Batch, BatchUnit, sandbox_of
 from ir_dataset.records import BuildResult, Fetched, License, Package, TranslationUnit
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -90,10 +90,7 @@ class ZigStd:
         Raises:
             ConfigError: an option is unknown or of a wrong type, or the library has no such file.
         """
-        try:
-            wanted = msgspec.convert(options, _Options)
-        except msgspec.ValidationError as error:
-            raise ConfigError("source", dict(options), f"files, limit, mode ({error})") from error
+        wanted = convert_options(options, _Options, "files, limit, mode")
         if wanted.mode not in _MODES:
             raise ConfigError("source.mode", wanted.mode, f"one of {', '.join(_MODES)}")
         zig = Toolchain.find().need("zig")
