@@ -130,6 +130,11 @@ class Tuning:
         if self.top_k < 1:
             raise ConfigError("top_k", self.top_k, "at least 1")
 
+    def chosen(self, problem: Problem, default: C) -> C:
+        """What was chosen for a problem so far, else the default."""
+        found = self.choices.get(_key(problem))
+        return default if found is None else found.config
+
     def report(self) -> list[str]:
         """One line for each choice, for a report."""
         return [
@@ -171,11 +176,15 @@ def choose(
     how = current()
     if how is None or how.mode == "default":
         return default
-    key = (problem.kernel, problem.text, tuple(problem.shape.items()), problem.device)
+    key = _key(problem)
     if key not in how.choices:
         offered = [default, *(c for c in candidates if c != default)]
         how.choices[key] = _choice(how, problem, offered, measure)
     return how.choices[key].config
+
+
+def _key(problem: Problem) -> Hashable:
+    return (problem.kernel, problem.text, tuple(problem.shape.items()), problem.device)
 
 
 def _choice(

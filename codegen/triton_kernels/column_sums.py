@@ -18,6 +18,7 @@ Source: https://arxiv.org/abs/2306.14048, by the lse: https://arxiv.org/abs/2205
 # What tl.range and tl.min give has other types inside kernels than outside.
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.attention_limits import (
     check_cache,
     check_tensors,
@@ -41,6 +42,7 @@ from codegen.triton_kernels.entries import capacity, gathered, index_of, locate
 from codegen.triton_kernels.generate import Launch, generate, pointer, run
 from codegen.triton_kernels.online_softmax import LOG2_E, capped
 from codegen.triton_kernels.product import product
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from codegen.triton_kernels.visibility import query_range, sees, structure
 from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
@@ -177,7 +179,7 @@ def column_sums_kernel(
     tl.store(out + n, sums / DIVISOR, mask=n < capacity)
 
 
-class ColumnSums(Kernel):
+class ColumnSums(TunedKernel[ColumnSumsConfig]):
     """`column_sums` as Triton text; `form` is `"sum"` or `"mean"`, over the heads of a group."""
 
     operator: ClassVar[str] = "column_sums"
@@ -187,10 +189,19 @@ class ColumnSums(Kernel):
         """See `Kernel.supports`."""
         return refusal(description, forms=("sum", "mean"))
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel.source`."""
+    def config_for(self, description: KernelDescription) -> ColumnSumsConfig:
+        """See `TunedKernel`."""
+        return config_for(description)
+
+    def candidates(self, description: KernelDescription) -> tuple[ColumnSumsConfig, ...]:
+        """See `TunedKernel`."""
+        space = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
+        return tuple(ColumnSumsConfig(*c) for c in space)
+
+    def configured_source(self, description: KernelDescription, config: ColumnSumsConfig) -> str:
+        """See `TunedKernel`."""
         require(self, description)
-        config, head_dim = config_for(description), description.head_dim
+        head_dim = description.head_dim
         strides = [f"{tensor}_{of}" for tensor in "qk" for of in ("batch", "head", "row")]
         return generate(
             column_sums_kernel,
@@ -246,6 +257,7 @@ def column_sums(
     kv_lens: Tensor | None = None,
     k_positions: Tensor | None = None,
     block_table: Tensor | None = None,
+    config: ColumnSumsConfig | None = None,
 ) -> Tensor:
     """Attention that each entry got from q.
 
@@ -256,6 +268,7 @@ def column_sums(
         q_starts: int64 [batch_size], position of query 0; None = the last q_len of the capacity.
         kv_lens: int64 [batch_size], entries in use; None = the capacity.
         k_positions: of `slots`; block_table: of `paged`.
+        config: None = by the rule of `codegen.tuning`.
 
     Returns:
         fp32 [batch_size, num_kv_heads, capacity], 0 where there is no entry.
@@ -278,9 +291,15 @@ def column_sums(
     out = lse.new_empty((batch_size, num_kv_heads, entries))
     sizes = (batch_size, num_kv_heads, q_len, entries)
     strides = (*q.stride()[:3], *k.stride()[:3], *index[1:])
-    grid = (batch_size * num_kv_heads, triton.cdiv(entries, config_for(description).block_n))
-    tensors = (q, k, lse, q_starts, index[0], kv_lens, out)
-    run(COLUMN_SUMS, description, grid, (*tensors, softmax_scale, *sizes, *strides))
+    arguments = (q, k, lse, q_starts, index[0], kv_lens, out, softmax_scale, *sizes, *strides)
+
+    def launch(config: ColumnSumsConfig) -> None:
+        grid = (batch_size * num_kv_heads, triton.cdiv(entries, config.block_n))
+        run(COLUMN_SUMS, description, grid, arguments, config)
+
+    told = {"batch_size": batch_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    told |= {"q_len": q_len, "kv_len": entries}
+    launch(config or config_of_launch(COLUMN_SUMS, description, q.device, told, launch))
     return out
 
 

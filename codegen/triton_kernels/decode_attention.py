@@ -23,7 +23,8 @@ https://arxiv.org/abs/2205.14135; GQA: https://arxiv.org/abs/2305.13245
 # What tl.range and tl.min give has other types inside kernels than outside.
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.attention_limits import (
     check_cache,
     check_tensors,
@@ -57,6 +58,7 @@ from codegen.triton_kernels.score_terms import (
     term_signature,
     with_terms,
 )
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from codegen.triton_kernels.visibility import entry_range, sees, structure
 from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
@@ -74,6 +76,7 @@ __all__ = [
     "decode_attention_kernel",
     "decode_cost",
     "decode_reference",
+    "even_splits",
     "merging",
 ]
 
@@ -85,12 +88,14 @@ class DecodeConfig:
     Attributes:
         block_m: rows of a tile, a power of two of at least 16, the least that tensor cores take.
         block_n: entries of a tile.
+        num_splits: parts of the entries, 0 = by `choose_splits`.
     """
 
     block_m: int = 16
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 2
+    num_splits: int = 0
 
 
 CONFIGS = {
@@ -261,7 +266,7 @@ def decode_attention_kernel(
     tl.store(lse + flat, row_lse, mask=asks)
 
 
-class DecodeAttention(Kernel):
+class DecodeAttention(TunedKernel[DecodeConfig]):
     """`decode_attention` as Triton text; it writes fp32 partial outputs, which `merge_lse` merges.
 
     With `form="shared"` there is one request's worth of entries, which all requests attend to.
@@ -275,10 +280,20 @@ class DecodeAttention(Kernel):
         terms = () if description.form == "shared" else TERMS
         return refusal(description, forms=("", "shared"), terms=terms)
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel.source`."""
+    def config_for(self, description: KernelDescription) -> DecodeConfig:
+        """See `TunedKernel`."""
+        return config_for(description)
+
+    def candidates(self, description: KernelDescription) -> tuple[DecodeConfig, ...]:
+        """See `TunedKernel`; the rows of a tile stay, as they are as few as tensor cores take."""
+        plain = config_for(description)
+        space = itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4), (0, 1, 8, 32))
+        names = ("block_n", "num_warps", "num_stages", "num_splits")
+        return tuple(replace(plain, **dict(zip(names, knobs, strict=True))) for knobs in space)
+
+    def configured_source(self, description: KernelDescription, config: DecodeConfig) -> str:
+        """See `TunedKernel`."""
         require(self, description)
-        config = config_for(description)
         head_dim, value_dim = description.head_dim, value_width(description)
         integers = ("num_kv_heads", "q_len", "num_rows", "all_rows", "num_splits")
         strides = [f"{tensor}_{of}" for tensor in "qkv" for of in ("batch", "head", "row")]
@@ -323,18 +338,31 @@ class DecodeAttention(Kernel):
 DECODE_ATTENTION = DecodeAttention()
 
 
-def choose_splits(description: KernelDescription, programs: int, kv_len: int, q: Tensor) -> int:
+def choose_splits(
+    description: KernelDescription,
+    programs: int,
+    kv_len: int,
+    q: Tensor,
+    config: DecodeConfig | None = None,
+) -> int:
     """Splits of at least four tiles, as many as it takes to give every multiprocessor two programs.
 
     Args:
         programs: of one split.
         kv_len: the most entries of a request; q: on the device that counts.
+        config: None = the one that ships.
     """
     if not q.is_cuda:
         return 1
-    wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
-    tiles = triton.cdiv(visible_entries(description, kv_len), config_for(description).block_n)
-    return max(1, min(triton.cdiv(wanted, max(programs, 1)), tiles // 4))
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    block_n = (config or config_for(description)).block_n
+    return even_splits(visible_entries(description, kv_len), programs, block_n, multiprocessors)
+
+
+def even_splits(entries: int, programs: int, block_n: int, multiprocessors: int) -> int:
+    """`choose_splits` from numbers alone; programs of one split, entries that are visible."""
+    tiles = triton.cdiv(entries, block_n)
+    return max(1, min(triton.cdiv(2 * multiprocessors, max(programs, 1)), tiles // 4))
 
 
 def attend_splits(
@@ -353,6 +381,7 @@ def attend_splits(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    config: DecodeConfig | None = None,
 ) -> None:
     """Launch the kernel alone: one partial output and lse for each split.
 
@@ -361,18 +390,19 @@ def attend_splits(
         lse: fp32 [num_splits, batch_size, num_heads, q_len], contiguous; written.
         index: from `index_of`.
         kv_len: entries that a bias has.
+        config: None = the one that ships.
     """
     terms, bias_strides = term_arguments(description, q, kv_len, bias, sinks, slopes)
     shared = description.form == "shared"
     (batch_size, num_heads, q_len, _), num_kv_heads = q.shape, k.shape[1]
     num_rows = description.group_size * q_len * (batch_size if shared else 1)
     requests, num_splits = 1 if shared else batch_size, out.shape[0]
-    block_m = config_for(description).block_m
+    block_m = (config or config_for(description)).block_m
     grid = (requests * num_kv_heads, triton.cdiv(num_rows, block_m), num_splits)
     sizes = (num_kv_heads, q_len, num_rows, batch_size * num_heads * q_len, num_splits)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *index[1:], *bias_strides)
     tensors = (q, k, v, q_positions, index[0], kv_lens, out, lse, *terms)
-    run(DECODE_ATTENTION, description, grid, (*tensors, softmax_scale, *sizes, *strides))
+    run(DECODE_ATTENTION, description, grid, (*tensors, softmax_scale, *sizes, *strides), config)
 
 
 def decode_attention(
@@ -390,6 +420,7 @@ def decode_attention(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    config: DecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over cached entries, split and merged.
 
@@ -399,8 +430,9 @@ def decode_attention(
         q_positions: int64 [batch_size, q_len], -1 = padding; None = the last q_len of the capacity.
         kv_lens: int64 [batch_size], entries in use; None = the capacity.
         k_positions: of `slots`; block_table: of `paged`.
-        num_splits: None = from the device.
+        num_splits: None = from the configuration, or the device.
         bias, sinks, slopes: the terms that the description names (see `score_terms`).
+        config: None = by the rule of `codegen.tuning`.
 
     Returns:
         out bhsd [batch_size, num_heads, q_len, value_dim] in q's dtype, and lse fp32
@@ -417,29 +449,36 @@ def decode_attention(
         kv_lens = torch.full((batch_size,), kv_len, device=q.device)
     index = index_of(description.layout, kv_lens, k_positions, block_table)
     check_cache(description, q, k, v, index[0], kv_lens=kv_lens)
-    if num_splits is None:
-        num_splits = choose_splits(description, batch_size * k.shape[1], kv_len, q)
-    out = q.new_empty(
-        (num_splits, batch_size, num_heads, q_len, value_width(description)), dtype=torch.float32
-    )
-    lse = out.new_empty(out.shape[:-1])
-    attend_splits(
-        description,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        positions,
-        index,
-        kv_lens,
-        softmax_scale=softmax_scale,
-        kv_len=kv_len,
-        bias=bias,
-        sinks=sinks,
-        slopes=slopes,
-    )
-    return merge_lse(merging(description), out, lse)
+    rows = (batch_size, num_heads, q_len)
+
+    def launch(config: DecodeConfig) -> tuple[Tensor, Tensor]:
+        splits = config.num_splits if num_splits is None else num_splits
+        if not splits:
+            splits = choose_splits(description, batch_size * k.shape[1], kv_len, q, config)
+        out = q.new_empty((splits, *rows, value_width(description)), dtype=torch.float32)
+        lse = out.new_empty(out.shape[:-1])
+        attend_splits(
+            description,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            positions,
+            index,
+            kv_lens,
+            softmax_scale=softmax_scale,
+            kv_len=kv_len,
+            bias=bias,
+            sinks=sinks,
+            slopes=slopes,
+            config=config,
+        )
+        return merge_lse(merging(description), out, lse)
+
+    told = dict(zip(("batch_size", "num_heads", "q_len"), rows, strict=True))
+    told |= {"num_kv_heads": k.shape[1], "kv_len": kv_len, "num_splits": num_splits or 0}
+    return launch(config or config_of_launch(DECODE_ATTENTION, description, q.device, told, launch))
 
 
 def merging(description: KernelDescription) -> KernelDescription:

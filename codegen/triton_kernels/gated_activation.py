@@ -10,6 +10,7 @@ Source: https://arxiv.org/abs/2002.05202
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,15 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from codegen.epilogue import Epilogue, Step
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.checks import float_refusal, rows_of, same_dtype
 from codegen.triton_kernels.generate import Launch, generate, pointer, run
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from rewriter.cost.cost import Cost
 from rewriter.errors import InputError
 
 __all__ = [
     "ACTIVATIONS",
     "GATED_ACTIVATION",
+    "ActivationConfig",
     "gated_activation",
     "gated_activation_cost",
     "gated_activation_reference",
@@ -87,7 +90,7 @@ def gated_activation_kernel(
     tl.store(out + row * out_row + c, acc.to(out.dtype.element_ty), mask=live)
 
 
-class GatedActivation(Kernel):
+class GatedActivation(TunedKernel[ActivationConfig]):
     """The epilogue is the activation; None is the identity."""
 
     operator = "gated_activation"
@@ -97,8 +100,17 @@ class GatedActivation(Kernel):
         """See `Kernel`."""
         return float_refusal(description)
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel`."""
+    def config_for(self, description: KernelDescription) -> ActivationConfig:
+        """See `TunedKernel`."""
+        return CONFIG
+
+    def candidates(self, description: KernelDescription) -> tuple[ActivationConfig, ...]:
+        """See `TunedKernel`; 2 to 64 values for each thread."""
+        space = itertools.product((256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))
+        return tuple(ActivationConfig(*c) for c in space if 2 <= c[0] // (32 * c[1]) <= 64)
+
+    def configured_source(self, description: KernelDescription, config: ActivationConfig) -> str:
+        """See `TunedKernel`."""
         wide = pointer(description.dtype)
         return generate(
             gated_activation_kernel,
@@ -108,8 +120,8 @@ class GatedActivation(Kernel):
                 **dict.fromkeys(("gate", "up", "out"), wide),
                 **dict.fromkeys(("width", "gate_row", "up_row", "out_row"), "i64:16"),
             },
-            constants={"BLOCK": CONFIG.block},
-            launch=Launch(("rows", "cdiv(width, BLOCK)"), CONFIG.num_warps, 1),
+            constants={"BLOCK": config.block},
+            launch=Launch(("rows", "cdiv(width, BLOCK)"), config.num_warps, 1),
             epilogue=description.epilogue,
         )
 
@@ -123,8 +135,12 @@ def gated_activation(
     *,
     activation: Epilogue | None,
     operands: Sequence[Tensor] = (),
+    config: ActivationConfig | None = None,
 ) -> Tensor:
     """act(gate) · up of two [rows, width] of one dtype.
+
+    Args:
+        config: None = by the rule of `codegen.tuning`.
 
     Raises:
         InputError: shapes or dtypes that do not fit.
@@ -139,8 +155,13 @@ def gated_activation(
     out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device)
     extra = activation.launch_arguments(operands, rows, width) if activation else []
     strides = (gate.stride(0), up.stride(0), out.stride(0))
-    grid = (rows, triton.cdiv(width, CONFIG.block))
-    run(GATED_ACTIVATION, description, grid, (gate, up, out, width, *strides, *extra))
+
+    def launch(config: ActivationConfig) -> None:
+        grid = (rows, triton.cdiv(width, config.block))
+        run(GATED_ACTIVATION, description, grid, (gate, up, out, width, *strides, *extra), config)
+
+    told = {"rows": rows, "width": width}
+    launch(config or config_of_launch(GATED_ACTIVATION, description, gate.device, told, launch))
     return out
 
 

@@ -18,8 +18,9 @@ Sources: https://arxiv.org/abs/2402.01032 (GRIFFIN), https://arxiv.org/abs/2404.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,9 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from codegen.epilogue import Epilogue
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.checks import float_refusal, one_of, rows_of, same_dtype
 from codegen.triton_kernels.generate import Launch, generate, pointer, run
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from rewriter.cost.cost import Cost
 from rewriter.errors import InputError
 
@@ -37,6 +39,7 @@ __all__ = [
     "DOWN",
     "SUM",
     "UP",
+    "GatheredConfig",
     "gathered_down",
     "gathered_down_reference",
     "gathered_mlp_cost",
@@ -185,7 +188,7 @@ def sum_splits_kernel(
     tl.store(out + row * out_row + c, acc.to(out.dtype.element_ty), mask=live)
 
 
-class GatheredUp(Kernel):
+class GatheredUp(TunedKernel[GatheredConfig]):
     """`form` is `"top_k"` or `"threshold"`; the epilogue is the activation, of the former alone."""
 
     operator = "gathered_up"
@@ -198,8 +201,19 @@ class GatheredUp(Kernel):
             return "epilogue is not allowed with form='threshold': the gate is activated already"
         return refusal
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel`."""
+    def config_for(self, description: KernelDescription) -> GatheredConfig:
+        """See `TunedKernel`."""
+        return CONFIG
+
+    def candidates(self, description: KernelDescription) -> tuple[GatheredConfig, ...]:
+        """See `TunedKernel`; two tiles of sums, of 1024 to 8192 values each."""
+        space = itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8), (1, 2))
+        names = ("block_s", "block_k", "num_warps", "num_stages")
+        knobs = (dict(zip(names, c, strict=True)) for c in space if 1024 <= c[0] * c[1] <= 8192)
+        return tuple(replace(CONFIG, **k) for k in knobs)
+
+    def configured_source(self, description: KernelDescription, config: GatheredConfig) -> str:
+        """See `TunedKernel`."""
         wide = pointer(description.dtype)
         sizes = ("hidden_size", "x_row", "gate_row", "up_row")
         return generate(
@@ -214,16 +228,16 @@ class GatheredUp(Kernel):
                 **dict.fromkeys(("count", "neurons_row", "out_row"), "i64"),
             },
             constants={
-                "BLOCK_S": CONFIG.block_s,
-                "BLOCK_K": CONFIG.block_k,
+                "BLOCK_S": config.block_s,
+                "BLOCK_K": config.block_k,
                 "GATHER": description.form == "top_k",
             },
-            launch=Launch(("rows", "cdiv(count, BLOCK_S)"), CONFIG.num_warps, CONFIG.num_stages),
+            launch=Launch(("rows", "cdiv(count, BLOCK_S)"), config.num_warps, config.num_stages),
             epilogue=description.epilogue,
         )
 
 
-class GatheredDown(Kernel):
+class GatheredDown(TunedKernel[GatheredConfig]):
     """`form` is `"top_k"` or `"threshold"`; gives parts that `SumSplits` adds."""
 
     operator = "gathered_down"
@@ -234,8 +248,18 @@ class GatheredDown(Kernel):
         refusal = float_refusal(description) or one_of("form", description.form, FORMS)
         return refusal or one_of("epilogue", description.epilogue, (None,))
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel`."""
+    def config_for(self, description: KernelDescription) -> GatheredConfig:
+        """See `TunedKernel`."""
+        return CONFIG
+
+    def candidates(self, description: KernelDescription) -> tuple[GatheredConfig, ...]:
+        """See `TunedKernel`."""
+        space = itertools.product((64, 128, 256), (8, 16, 32), (4, 8, 16, 32), (2, 4, 8))
+        names = ("block_n", "block_r", "num_splits", "num_warps")
+        return tuple(replace(CONFIG, **dict(zip(names, c, strict=True))) for c in space)
+
+    def configured_source(self, description: KernelDescription, config: GatheredConfig) -> str:
+        """See `TunedKernel`."""
         wide = pointer(description.dtype)
         return generate(
             gathered_down_kernel,
@@ -249,20 +273,20 @@ class GatheredDown(Kernel):
                 **dict.fromkeys(("count", "hidden_row", "neurons_row", "rows"), "i64"),
             },
             constants={
-                "BLOCK_N": CONFIG.block_n,
-                "BLOCK_R": CONFIG.block_r,
-                "NUM_SPLITS": CONFIG.num_splits,
+                "BLOCK_N": config.block_n,
+                "BLOCK_R": config.block_r,
+                "NUM_SPLITS": config.num_splits,
                 "GATHER": description.form == "top_k",
             },
             launch=Launch(
                 ("rows", "cdiv(hidden_size, BLOCK_N)", "NUM_SPLITS"),
-                CONFIG.num_warps,
-                CONFIG.num_stages,
+                config.num_warps,
+                config.num_stages,
             ),
         )
 
 
-class SumSplits(Kernel):
+class SumSplits(TunedKernel[GatheredConfig]):
     """Adds the parts of `GatheredDown`; `dtype` is the result's without an epilogue."""
 
     operator = "sum_splits"
@@ -272,8 +296,16 @@ class SumSplits(Kernel):
         """See `Kernel`."""
         return float_refusal(description)
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel`."""
+    def config_for(self, description: KernelDescription) -> GatheredConfig:
+        """See `TunedKernel`."""
+        return CONFIG
+
+    def candidates(self, description: KernelDescription) -> tuple[GatheredConfig, ...]:
+        """See `TunedKernel`; it goes with what `GatheredDown` was launched with."""
+        return (CONFIG,)
+
+    def configured_source(self, description: KernelDescription, config: GatheredConfig) -> str:
+        """See `TunedKernel`."""
         epilogue = description.epilogue
         dtype = epilogue.dtype if epilogue and epilogue.dtype else description.dtype
         return generate(
@@ -286,8 +318,8 @@ class SumSplits(Kernel):
                 **dict.fromkeys(("columns", "out_row"), "i64:16"),
                 "rows": "i64",
             },
-            constants={"BLOCK_N": CONFIG.block_n, "NUM_SPLITS": CONFIG.num_splits},
-            launch=Launch(("rows", "cdiv(columns, BLOCK_N)"), CONFIG.num_warps, 1),
+            constants={"BLOCK_N": config.block_n, "NUM_SPLITS": config.num_splits},
+            launch=Launch(("rows", "cdiv(columns, BLOCK_N)"), config.num_warps, 1),
             epilogue=epilogue,
         )
 
@@ -304,6 +336,7 @@ def gathered_up(
     threshold: float = 0.0,
     activation: Epilogue | None = None,
     operands: Sequence[Tensor] = (),
+    config: GatheredConfig | None = None,
 ) -> Tensor:
     """The active neurons' values, x [rows, hidden_size].
 
@@ -313,6 +346,7 @@ def gathered_up(
         up: [intermediate_size, hidden_size].
         neurons: int32 [rows or 1, budget], -1 = none.
         activation: of the gate's product, with `neurons`. Its columns are neurons.
+        config: None = by the rule of `codegen.tuning`.
 
     Returns:
         [rows, budget] or [rows, intermediate_size], 0 where not active; x's dtype.
@@ -337,8 +371,13 @@ def gathered_up(
     chosen = hidden if neurons is None else neurons
     strides = (x.stride(0), gate.stride(0), up.stride(0), _row_stride(chosen), hidden.stride(0))
     sizes = (threshold, count, hidden_size, *strides)
-    grid = (rows, triton.cdiv(count, CONFIG.block_s))
-    run(UP, description, grid, (x, gate, up, chosen, hidden, *sizes, *extra))
+
+    def launch(config: GatheredConfig) -> None:
+        grid = (rows, triton.cdiv(count, config.block_s))
+        run(UP, description, grid, (x, gate, up, chosen, hidden, *sizes, *extra), config)
+
+    told = {"rows": rows, "count": count, "hidden_size": hidden_size}
+    launch(config or config_of_launch(UP, description, x.device, told, launch))
     return hidden
 
 
@@ -349,6 +388,7 @@ def gathered_down(
     *,
     epilogue: Epilogue | None = None,
     operands: Sequence[Tensor] = (),
+    config: GatheredConfig | None = None,
 ) -> Tensor:
     """Σ_s hidden[:, s] · down[neurons[:, s]], then the epilogue on [rows, hidden_size].
 
@@ -356,6 +396,7 @@ def gathered_down(
         hidden: [rows, budget], or [rows, intermediate_size] without `neurons`; zeros are skipped.
         down: [intermediate_size, hidden_size], one row for each neuron.
         neurons: as for `gathered_up`.
+        config: None = by the rule of `codegen.tuning`.
 
     Raises:
         InputError: shapes or dtypes that do not fit.
@@ -368,17 +409,23 @@ def gathered_down(
         raise InputError(f"hidden: {count} neurons where {wanted} are expected")
     form = "threshold" if neurons is None else "top_k"
     description = KernelDescription(operator="gathered_down", dtype=hidden.dtype, form=form)
-    partial = hidden.new_empty((CONFIG.num_splits, rows, hidden_size), dtype=torch.float32)
+    adding = KernelDescription(operator="sum_splits", dtype=hidden.dtype, epilogue=epilogue)
     chosen = hidden if neurons is None else neurons
     strides = (hidden.stride(0), down.stride(0), _row_stride(chosen))
-    blocks = triton.cdiv(hidden_size, CONFIG.block_n)
-    arguments = (hidden, down, chosen, partial, count, hidden_size, *strides, rows)
-    run(DOWN, description, (rows, blocks, CONFIG.num_splits), arguments)
-    description = KernelDescription(operator="sum_splits", dtype=hidden.dtype, epilogue=epilogue)
     dtype = epilogue.dtype if epilogue and epilogue.dtype else hidden.dtype
     out = hidden.new_empty((rows, hidden_size), dtype=dtype)
     extra = epilogue.launch_arguments(operands, rows, hidden_size) if epilogue else []
-    run(SUM, description, (rows, blocks), (partial, out, rows, hidden_size, out.stride(0), *extra))
+
+    def launch(config: GatheredConfig) -> None:
+        splits, blocks = config.num_splits, triton.cdiv(hidden_size, config.block_n)
+        partial = hidden.new_empty((splits, rows, hidden_size), dtype=torch.float32)
+        arguments = (hidden, down, chosen, partial, count, hidden_size, *strides, rows)
+        run(DOWN, description, (rows, blocks, splits), arguments, config)
+        arguments = (partial, out, rows, hidden_size, out.stride(0), *extra)
+        run(SUM, adding, (rows, blocks), arguments, config)
+
+    told = {"rows": rows, "count": count, "hidden_size": hidden_size}
+    launch(config or config_of_launch(DOWN, description, hidden.device, told, launch))
     return out
 
 

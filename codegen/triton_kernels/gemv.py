@@ -12,6 +12,7 @@ Source: https://arxiv.org/abs/2206.01861 (weights of 8 bits beside activations o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from codegen.epilogue import Epilogue
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.checks import float_refusal, one_of, rows_of, same_dtype
 from codegen.triton_kernels.generate import Launch, generate, pointer, run
 from codegen.triton_kernels.product import product
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from rewriter.cost.cost import Cost
 from rewriter.errors import InputError
 
@@ -112,7 +114,7 @@ def config_for(description: KernelDescription) -> GemvConfig:
     return CONFIGS["rows float32" if wide else description.form]
 
 
-class Gemv(Kernel):
+class Gemv(TunedKernel[GemvConfig]):
     """`form` is `"row"` (one) or `"rows"` (2 to 16); `weight_dtype` int8 has a scale for each output."""
 
     operator = "gemv"
@@ -124,9 +126,20 @@ class Gemv(Kernel):
         allowed = (None, description.dtype, torch.int8)
         return refusal or one_of("weight_dtype", description.weight_dtype, allowed)
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel`."""
-        config = config_for(description)
+    def config_for(self, description: KernelDescription) -> GemvConfig:
+        """See `TunedKernel`."""
+        return config_for(description)
+
+    def candidates(self, description: KernelDescription) -> tuple[GemvConfig, ...]:
+        """See `TunedKernel`; tiles of one row are summed by vector units and hold 1024 to 16384 values."""
+        if description.form == "row":
+            tiles = itertools.product((1, 2, 4, 8, 16), (256, 512, 1024, 2048), (2, 4, 8), (1, 3))
+            return tuple(GemvConfig(*t) for t in tiles if 1024 <= t[0] * t[1] <= 16384)
+        tiles = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8), (2, 3, 4))
+        return tuple(GemvConfig(*t) for t in tiles if 1024 <= t[0] * t[1] <= 16384)
+
+    def configured_source(self, description: KernelDescription, config: GemvConfig) -> str:
+        """See `TunedKernel`."""
         wide = pointer(description.dtype)
         epilogue = description.epilogue
         out = epilogue.dtype if epilogue and epilogue.dtype else description.dtype
@@ -163,6 +176,7 @@ def gemv(
     *,
     epilogue: Epilogue | None = None,
     operands: Sequence[Tensor] = (),
+    config: GemvConfig | None = None,
 ) -> Tensor:
     """x [rows, in_features] times weightᵀ, then the epilogue on [rows, out_features].
 
@@ -170,6 +184,7 @@ def gemv(
         x: 1 to 16 rows of fp32, bf16 or fp16.
         weight: [out_features, in_features] of x's dtype, or int8 with `scale`.
         scale: fp32 [out_features].
+        config: None = by the rule of `codegen.tuning`.
 
     Raises:
         InputError: shapes or dtypes that do not fit.
@@ -196,9 +211,15 @@ def gemv(
     out = x.new_empty((rows, out_features), dtype=dtype)
     extra = epilogue.launch_arguments(operands, rows, out_features) if epilogue else []
     sizes = (rows, in_features, out_features, x.stride(0), weight.stride(0), out.stride(0))
-    grid = (triton.cdiv(out_features, config_for(description).block_n) if rows else 0,)
     tensors = (x, weight, weight if scale is None else scale.contiguous(), out)
-    run(GEMV, description, grid, (*tensors, *sizes, *extra))
+
+    def launch(config: GemvConfig) -> None:
+        grid = (triton.cdiv(out_features, config.block_n) if rows else 0,)
+        run(GEMV, description, grid, (*tensors, *sizes, *extra), config)
+
+    told = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    told |= {"element_bytes": x.element_size(), "weight_bytes": weight.element_size()}
+    launch(config or config_of_launch(GEMV, description, x.device, told, launch))
     return out
 
 

@@ -17,6 +17,7 @@ constants and epilogue give the same text, whatever else the process did.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -24,7 +25,8 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +47,7 @@ __all__ = [
     "described",
     "generate",
     "launch",
+    "launched_by",
     "load",
     "load_file",
     "pointer",
@@ -162,9 +165,27 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
+Launcher = Callable[[str, tuple[int, ...], Sequence[Any]], None]
+_LAUNCHER: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Launcher) -> Iterator[None]:
+    """What would be launched in the block goes to `launcher` instead, with text, grid and arguments."""
+    token = _LAUNCHER.set(launcher)
+    try:
+        yield
+    finally:
+        _LAUNCHER.reset(token)
+
+
 def launch(text: str, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
     """Run generated text on tensors and numbers in the order of its parameters; not on an empty grid."""
     if not all(grid):
+        return
+    other = _LAUNCHER.get()
+    if other is not None:
+        other(text, grid, arguments)
         return
     module = load(text)
     how = module.LAUNCH
@@ -178,11 +199,23 @@ def described(kernel: Kernel, description: KernelDescription) -> str:
     return kernel.source(description)
 
 
+@functools.lru_cache(maxsize=4096)
+def _configured(kernel: Any, description: KernelDescription, config: Any) -> str:
+    return kernel.configured_source(description, config)
+
+
 def run(
-    kernel: Kernel, description: KernelDescription, grid: tuple[int, ...], arguments: Sequence[Any]
+    kernel: Kernel,
+    description: KernelDescription,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    config: Any = None,
 ) -> None:
-    """`launch` the text of a description."""
-    launch(described(kernel, description), grid, arguments)
+    """`launch` the text of a description; `config` of a `TunedKernel`, None = the one that ships."""
+    if config is None or config == kernel.config_for(description):  # type: ignore[attr-defined]
+        launch(described(kernel, description), grid, arguments)
+    else:
+        launch(_configured(kernel, description, config), grid, arguments)
 
 
 def pointer(dtype: torch.dtype, alignment: int = 16) -> str:

@@ -21,6 +21,7 @@ https://arxiv.org/abs/2407.02490
 # What tl.range and tl.minimum give has other types inside kernels than outside.
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -30,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.attention_limits import (
     check_cache,
     check_tensors,
@@ -53,6 +54,7 @@ from codegen.triton_kernels.score_terms import (
     term_signature,
     with_terms,
 )
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from codegen.triton_kernels.visibility import entry_range, sees, structure
 from codegen.triton_kernels.whole_softmax import probabilities
 from rewriter.cost.cost import Cost
@@ -255,7 +257,7 @@ def prefill_attention_kernel(
     tl.store(lse + flat, row_lse, mask=in_rows)
 
 
-class PrefillAttention(Kernel):
+class PrefillAttention(TunedKernel[PrefillConfig]):
     """`prefill_attention` as Triton text; `form` is `""` or `"block_mask"`."""
 
     operator: ClassVar[str] = "prefill_attention"
@@ -267,10 +269,22 @@ class PrefillAttention(Kernel):
             description, layouts=("bhsd",), forms=("", "block_mask"), terms=TERMS, epilogue=True
         )
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel.source`."""
+    def config_for(self, description: KernelDescription) -> PrefillConfig:
+        """See `TunedKernel`."""
+        return config_for(description)
+
+    def candidates(self, description: KernelDescription) -> tuple[PrefillConfig, ...]:
+        """See `TunedKernel`; a block mask's tiles are those that ship."""
+        plain = config_for(description)
+        tiles = [(m, n) for m in (32, 64, 128) for n in (16, 32, 64, 128)]
+        if description.form == "block_mask":
+            tiles = [(plain.block_m, plain.block_n)]
+        space = itertools.product(tiles, (4, 8), (1, 2, 3, 4))
+        return tuple(PrefillConfig(m, n, warps, stages) for (m, n), warps, stages in space)
+
+    def configured_source(self, description: KernelDescription, config: PrefillConfig) -> str:
+        """See `TunedKernel`."""
         require(self, description)
-        config = config_for(description)
         head_dim, value_dim = description.head_dim, value_width(description)
         integers = ("batch_size", "num_heads", "q_len", "kv_len", "q_start")
         strides = [f"{tensor}_{of}" for tensor in "qkv" for of in ("batch", "head", "row")]
@@ -372,6 +386,7 @@ def prefill_attention(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    config: PrefillConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of consecutive queries, then the description's epilogue.
 
@@ -385,6 +400,7 @@ def prefill_attention(
             front, of tiles as large as `config_for` says, True = compute. Tiles that the mask's
             structure hides should be False: they are computed for nothing.
         bias, sinks, slopes: the terms that the description names (see `score_terms`).
+        config: None = by the rule of `codegen.tuning`; with a block mask of the tiles that ship.
 
     Returns:
         out bhsd [batch_size, num_heads, q_len, value_dim] and lse fp32 [batch_size, num_heads, q_len].
@@ -398,6 +414,11 @@ def prefill_attention(
         starts = torch.zeros(batch_size, dtype=torch.int64, device=q.device)
     check_cache(description, q, k, v, starts, starts=starts)
     tiles, counts, *list_strides = _lists(description, q, kv_len, block_mask)
+    if config is not None and block_mask is not None:
+        plain = config_for(description)
+        if (config.block_m, config.block_n) != (plain.block_m, plain.block_n):
+            told = f"config: tiles of {config.block_m} x {config.block_n} with a block mask"
+            raise InputError(f"{told}, allowed: {plain.block_m} x {plain.block_n}")
     width, epilogue = value_width(description), description.epilogue
     out = q.new_empty((batch_size, num_heads, q_len, width), dtype=_result_dtype(description))
     lse = q.new_empty(out.shape[:-1], dtype=torch.float32)
@@ -407,9 +428,16 @@ def prefill_attention(
     sizes = (batch_size, num_heads, q_len, kv_len, q_start)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_strides, *bias_strides)
     tensors = (q, k, v, starts, tiles, counts, out, lse, *terms)
-    grid = (batch_size * num_heads, triton.cdiv(q_len, config_for(description).block_m))
     arguments = (*tensors, softmax_scale, *sizes, *strides, *extra)
-    run(PREFILL_ATTENTION, description, grid, arguments)
+
+    def launch(config: PrefillConfig) -> None:
+        grid = (batch_size * num_heads, triton.cdiv(q_len, config.block_m))
+        run(PREFILL_ATTENTION, description, grid, arguments, config)
+
+    names = ("batch_size", "num_heads", "q_len", "kv_len", "q_start")
+    told = {**dict(zip(names, sizes, strict=True)), "num_kv_heads": k.shape[1]}
+    device = q.device
+    launch(config or config_of_launch(PREFILL_ATTENTION, description, device, told, launch))
     return out, lse
 
 

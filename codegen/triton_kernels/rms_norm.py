@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from codegen.epilogue import Epilogue
-from codegen.kernel import Kernel, KernelDescription
+from codegen.kernel import KernelDescription
 from codegen.triton_kernels.checks import float_refusal, one_of, rows_of, same_dtype
 from codegen.triton_kernels.generate import Launch, generate, pointer, run
+from codegen.triton_kernels.tuned import TunedKernel, config_of_launch
 from rewriter.cost.cost import Cost
 from rewriter.errors import InputError
 
-__all__ = ["RMS_NORM", "rms_norm", "rms_norm_cost", "rms_norm_reference"]
+__all__ = ["RMS_NORM", "NormConfig", "rms_norm", "rms_norm_cost", "rms_norm_reference"]
 
 FORMS = ("", "residual", "wide", "residual,wide")
 MAX_WIDTH = 16384
@@ -84,7 +85,7 @@ def rms_norm_kernel(
     tl.store(out + row * out_row + c, acc.to(out.dtype.element_ty), mask=live)
 
 
-class RmsNorm(Kernel):
+class RmsNorm(TunedKernel[NormConfig]):
     """`head_dim` is the width of a row, `form` one of `FORMS`."""
 
     operator = "rms_norm"
@@ -99,8 +100,16 @@ class RmsNorm(Kernel):
             "weight_dtype", description.weight_dtype, (None, description.dtype, torch.float32)
         )
 
-    def source(self, description: KernelDescription) -> str:
-        """See `Kernel`."""
+    def config_for(self, description: KernelDescription) -> NormConfig:
+        """See `TunedKernel`."""
+        return NormConfig.of(triton.next_power_of_2(description.head_dim))
+
+    def candidates(self, description: KernelDescription) -> tuple[NormConfig, ...]:
+        """See `TunedKernel`."""
+        return tuple(NormConfig(warps) for warps in (1, 2, 4, 8, 16, 32))
+
+    def configured_source(self, description: KernelDescription, config: NormConfig) -> str:
+        """See `TunedKernel`."""
         epilogue, wide = description.epilogue, pointer(description.dtype)
         dtype = epilogue.dtype if epilogue and epilogue.dtype else description.dtype
         block = triton.next_power_of_2(description.head_dim)
@@ -123,7 +132,7 @@ class RmsNorm(Kernel):
                 "RESIDUAL": "residual" in description.form,
                 "WIDE": "wide" in description.form,
             },
-            launch=Launch(("rows",), NormConfig.of(block).num_warps, 1),
+            launch=Launch(("rows",), config.num_warps, 1),
             epilogue=epilogue,
         )
 
@@ -141,6 +150,7 @@ def rms_norm(
     wide_weight: bool = False,
     epilogue: Epilogue | None = None,
     operands: Sequence[Tensor] = (),
+    config: NormConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise x [rows, width], or x + residual.
 
@@ -148,6 +158,7 @@ def rms_norm(
         weight: [width] of x's dtype or fp32.
         weight_offset: added to the weight; other than 0 it implies `wide_weight`.
         wide_weight: multiply by the weight before rounding.
+        config: None = by the rule of `codegen.tuning`.
 
     Returns:
         the normalised rows and x + residual (x itself without one).
@@ -182,7 +193,13 @@ def rms_norm(
     extra = epilogue.launch_arguments(operands, rows, width) if epilogue else []
     strides = (x.stride(0), added.stride(0), summed.stride(0), out.stride(0))
     tensors = (x, added, weight, summed, out)
-    run(RMS_NORM, description, (rows,), (*tensors, eps, weight_offset, *strides, *extra))
+    arguments = (*tensors, eps, weight_offset, *strides, *extra)
+
+    def launch(config: NormConfig) -> None:
+        run(RMS_NORM, description, (rows,), arguments, config)
+
+    told = {"rows": rows, "width": width}
+    launch(config or config_of_launch(RMS_NORM, description, x.device, told, launch))
     return out, summed
 
 
