@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from ir_dataset.card_plots import draw_plots
 from rewriter.export.directory import read_json
 from rewriter.report.files import write_file
 
@@ -59,7 +58,7 @@ def write_card(directory: Path) -> None:
         audit=audit,
         stages=run["stages"],
         models=models,
-        plots=_plots(directory, summary),
+        plots=draw_plots(directory, summary),
         scale=_scale(summary, run["stages"]),
     )
     write_file(directory / "card.html", page.encode(), "dataset")
@@ -107,62 +106,3 @@ def _scale(summary: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, f
         * COMPILE_TOKENS
         / 1e9,
     }
-
-
-def _plots(directory: Path, summary: dict[str, Any]) -> list[dict[str, str]]:
-    import matplotlib.figure
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    sizes = pq.read_table(directory / "functions.parquet", columns=["language", "n_instructions"])
-    names = np.array(sizes["language"].to_pylist())
-    counts = sizes["n_instructions"].to_numpy()
-    found = []
-
-    def plot(title: str, draw: Any) -> None:
-        figure = matplotlib.figure.Figure(figsize=(6.4, 3.4), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
-        text = base64.b64encode(stream.getvalue()).decode()
-        found.append({"title": title, "png": text})
-
-    languages = list(summary["languages"])
-
-    def dedup(axes: Any) -> None:
-        axes.bar(languages, [summary["languages"][one]["units"] for one in languages], label="seen")
-        kept = [summary["languages"][one].get("kept_modules", 0) for one in languages]
-        axes.bar(languages, kept, label="packed", width=0.5)
-        axes.set_yscale("log")
-        axes.set_ylabel("modules")
-        axes.legend(frameon=False)
-
-    def lengths(axes: Any) -> None:
-        bins = np.logspace(0, 4, 50)
-        for language in languages:
-            chosen = counts[names == language]
-            if len(chosen):
-                axes.hist(chosen, bins, histtype="step", label=language, density=True)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("instructions of a function")
-        axes.set_ylabel("density")
-        axes.legend(frameon=False)
-
-    def tiers(axes: Any) -> None:
-        bottom = np.zeros(len(languages))
-        for tier in ("a", "b", "c", "none"):
-            values = np.array([summary["tiers"].get(one, {}).get(tier, 0) for one in languages])
-            share = values / [max(summary["languages"][one]["units"], 1) for one in languages]
-            axes.bar(languages, share, bottom=bottom, label=tier)
-            bottom = bottom + share
-        axes.set_ylabel("share of units")
-        axes.legend(title="licence tier", frameon=False, ncols=4)
-        axes.set_ylim(0, 1.25)
-
-    plot("Modules seen and packed", dedup)
-    plot("Length of functions", lengths)
-    plot("Licences", tiers)
-    return found

@@ -213,15 +213,35 @@ def failures(
             out.print(f"{row.stage} {row.label}: {row.error_kind}: {first}", markup=False)
 
 
+Dataset = Annotated[Path, typer.Argument(help="directory that `run` wrote")]
+
+
 @app.command()
-def card(
-    dataset: Annotated[Path, typer.Argument(help="directory that `run` wrote")],
-    debug: Debug = False,
-) -> None:
-    """Draw the card of a dataset again: README.md, card.html and its pictures."""
+def stats(dataset: Dataset, debug: Debug = False) -> None:
+    """Draw a dataset's card: tokens, instructions, sizes, duplicates and licences by language."""
     with guarded(debug):
         _check_installed()
         from ir_dataset.card import write_card
 
         write_card(dataset)
         out.print(str(dataset / "card.html"), markup=False)
+
+
+@app.command("export-compile")
+def export_compile(
+    dataset: Dataset,
+    output: Annotated[Path, typer.Option("-o", "--output", help="directory to write")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the modules with ComPile's six columns alone, one Parquet file a language."""
+    with guarded(debug):
+        _check_installed()
+        from ir_dataset.export_compile import export_compile as export
+
+        counts = export(dataset, output)
+        if as_json:
+            write_json(counts)
+            return
+        for language, count in counts.items():
+            out.print(f"{language}: {count:,} modules", markup=False)
