@@ -64,6 +64,7 @@ class Compiled:
     Attributes:
         binary, assembly: cubin or hsaco; PTX or AMD assembly.
         llir: the LLVM IR they were made from, after Triton's own passes.
+        ttgir: Triton's dialect for GPUs, with layouts, that it was made from in turn.
         facts: entry, arguments in order with types and divisibility, the pointers trailing them (null
             where scratch_bytes is 0), constants, grid, threads, shared_bytes, registers, spilled_bytes.
     """
@@ -71,6 +72,7 @@ class Compiled:
     binary: bytes
     assembly: str
     llir: str
+    ttgir: str
     facts: dict[str, Any]
 
 
@@ -96,6 +98,7 @@ def compile_texts(texts: Mapping[str, str], target: str) -> dict[str, Compiled]:
                 (place / f"{name}.{kind.binary}").read_bytes(),
                 (place / f"{name}.{kind.assembly}").read_text(),
                 (place / f"{name}.llir").read_text(),
+                (place / f"{name}.ttgir").read_text(),
                 facts[name],
             )
             for name in texts
@@ -161,7 +164,7 @@ def _compile(path: Path, target: Target) -> dict[str, Any]:
     )
     binary = path.with_suffix(f".{target.binary}")
     binary.write_bytes(kernel.asm[target.binary])
-    for kind in (target.assembly, "llir"):
+    for kind in (target.assembly, "llir", "ttgir"):
         path.with_suffix(f".{kind}").write_text(kernel.asm[kind])
     return {
         "entry": kernel.metadata.name,

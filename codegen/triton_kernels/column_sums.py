@@ -195,7 +195,7 @@ class ColumnSums(TunedKernel[ColumnSumsConfig]):
 
     def candidates(self, description: KernelDescription) -> tuple[ColumnSumsConfig, ...]:
         """See `TunedKernel`."""
-        space = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
+        space = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))
         return tuple(ColumnSumsConfig(*c) for c in space)
 
     def configured_source(self, description: KernelDescription, config: ColumnSumsConfig) -> str:
@@ -299,6 +299,7 @@ def column_sums(
 
     told = {"batch_size": batch_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
     told |= {"q_len": q_len, "kv_len": entries}
+    told |= {"entries": visible_entries(description, entries)}
     launch(config or config_of_launch(COLUMN_SUMS, description, q.device, told, launch))
     return out
 

@@ -287,7 +287,7 @@ class DecodeAttention(TunedKernel[DecodeConfig]):
     def candidates(self, description: KernelDescription) -> tuple[DecodeConfig, ...]:
         """See `TunedKernel`; the rows of a tile stay, as they are as few as tensor cores take."""
         plain = config_for(description)
-        space = itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4), (0, 1, 8, 32))
+        space = itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3), (0, 1, 8, 32))
         names = ("block_n", "num_warps", "num_stages", "num_splits")
         return tuple(replace(plain, **dict(zip(names, knobs, strict=True))) for knobs in space)
 
@@ -478,6 +478,7 @@ def decode_attention(
 
     told = dict(zip(("batch_size", "num_heads", "q_len"), rows, strict=True))
     told |= {"num_kv_heads": k.shape[1], "kv_len": kv_len, "num_splits": num_splits or 0}
+    told |= {"entries": visible_entries(description, kv_len)}
     return launch(config or config_of_launch(DECODE_ATTENTION, description, q.device, told, launch))
 
 

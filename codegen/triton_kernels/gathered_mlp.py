@@ -206,9 +206,12 @@ class GatheredUp(TunedKernel[GatheredConfig]):
         return CONFIG
 
     def candidates(self, description: KernelDescription) -> tuple[GatheredConfig, ...]:
-        """See `TunedKernel`; two tiles of sums, of 1024 to 8192 values each."""
-        space = itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8), (1, 2))
-        names = ("block_s", "block_k", "num_warps", "num_stages")
+        """See `TunedKernel`; two tiles of sums, of 1024 to 8192 values each.
+
+        Stages are of products by tensor cores, which none of these kernels uses.
+        """
+        space = itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8))
+        names = ("block_s", "block_k", "num_warps")
         knobs = (dict(zip(names, c, strict=True)) for c in space if 1024 <= c[0] * c[1] <= 8192)
         return tuple(replace(CONFIG, **k) for k in knobs)
 
@@ -377,6 +380,7 @@ def gathered_up(
         run(UP, description, grid, (x, gate, up, chosen, hidden, *sizes, *extra), config)
 
     told = {"rows": rows, "count": count, "hidden_size": hidden_size}
+    told |= {"matrices": 1 if neurons is None else 2}
     launch(config or config_of_launch(UP, description, x.device, told, launch))
     return hidden
 

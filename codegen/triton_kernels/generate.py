@@ -52,6 +52,7 @@ __all__ = [
     "load_file",
     "pointer",
     "run",
+    "specialised",
     "unaligned",
 ]
 
@@ -146,6 +147,18 @@ def unaligned(text: str) -> str:
     head, mark, body = text.partition(_HASH)
     _, _, body = body.partition("\n")
     body = body.replace('"i64:16"', '"i64"')
+    return f"{head}{mark}{content_hash(body)}\n{body}"
+
+
+def specialised(text: str, types: Mapping[str, str]) -> str:
+    """The text to compile for one launch: types of parameters by name, as in `generate`'s signature."""
+    head, mark, body = text.partition(_HASH)
+    _, _, body = body.partition("\n")
+    before, start, launched = body.partition("\nLAUNCH = {")
+    for name, kind in types.items():
+        row = re.compile(rf'^        "{re.escape(name)}": ".*",$', re.MULTILINE)
+        launched = row.sub(f'        "{name}": "{kind}",', launched, count=1)
+    body = before + start + launched
     return f"{head}{mark}{content_hash(body)}\n{body}"
 
 

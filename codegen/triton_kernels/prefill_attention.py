@@ -276,10 +276,10 @@ class PrefillAttention(TunedKernel[PrefillConfig]):
     def candidates(self, description: KernelDescription) -> tuple[PrefillConfig, ...]:
         """See `TunedKernel`; a block mask's tiles are those that ship."""
         plain = config_for(description)
-        tiles = [(m, n) for m in (32, 64, 128) for n in (16, 32, 64, 128)]
+        tiles = [(m, n) for m in (32, 64, 128) for n in (32, 64, 128)]
         if description.form == "block_mask":
             tiles = [(plain.block_m, plain.block_n)]
-        space = itertools.product(tiles, (4, 8), (1, 2, 3, 4))
+        space = itertools.product(tiles, (4, 8), (1, 2, 3))
         return tuple(PrefillConfig(m, n, warps, stages) for (m, n), warps, stages in space)
 
     def configured_source(self, description: KernelDescription, config: PrefillConfig) -> str:
@@ -436,6 +436,7 @@ def prefill_attention(
 
     names = ("batch_size", "num_heads", "q_len", "kv_len", "q_start")
     told = {**dict(zip(names, sizes, strict=True)), "num_kv_heads": k.shape[1]}
+    told |= {"entries": visible_entries(description, kv_len)}
     device = q.device
     launch(config or config_of_launch(PREFILL_ATTENTION, description, device, told, launch))
     return out, lse

@@ -58,7 +58,7 @@ def config_of_launch(
     """The configuration to launch with; see the module.
 
     Args:
-        sizes: that the time depends on, by name.
+        sizes: that the time depends on, by name, besides those of the description.
         launch: runs the kernel with a configuration; may be called often.
     """
     default = kernel.config_for(description)
@@ -79,9 +79,17 @@ def problem_of(
     device: torch.device,
     sizes: Mapping[str, int],
 ) -> Problem:
-    """What a choice is made for and kept under."""
+    """What a choice is made for and kept under; widths and sizes of elements join `sizes`."""
+    weight = description.weight_dtype or description.dtype
+    told = {
+        **sizes,
+        "head_dim": description.head_dim,
+        "value_dim": description.value_dim or description.head_dim,
+        "element_bytes": description.dtype.itemsize,
+        "weight_bytes": weight.itemsize,
+    }
     text = described(kernel, description)
-    return Problem(f"{kernel.operator} triton", text, sizes, device_name(device))
+    return Problem(f"{kernel.operator} triton", text, told, device_name(device))
 
 
 def device_name(device: torch.device) -> str:

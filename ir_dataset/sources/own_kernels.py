@@ -207,7 +207,7 @@ def _build_triton(fetched: Fetched, store: Store) -> BuildResult:
 
     from codegen.compile import KernelCompileError, compile_texts
 
-    llvm = _triton_llvm()
+    llvm = triton_llvm()
     units, failures = [], []
     for target in fetched.package.options["variants"]:
         for group in _by_operator(fetched.files):
@@ -258,7 +258,7 @@ def _by_operator(files: Sequence[StoredFile]) -> list[list[StoredFile]]:
 
 
 @functools.cache
-def _triton_llvm() -> str:
+def triton_llvm() -> str:
     """LLVM's version, as it stands in Triton's library; its Python interface does not tell."""
     place = importlib.util.find_spec("triton")
     library = Path(place.origin or "").parent / "_C" / "libtriton.so" if place else Path()

@@ -231,5 +231,6 @@ def test_measured_choices_name_the_device() -> None:
         rms_norm(torch.randn(2, 64), torch.randn(64), eps=1e-6)
     (choice,) = how.choices.values()
     assert choice.problem.device == device_name(torch.device("cpu")) == "interpreter"
-    assert choice.problem.shape == {"rows": 2, "width": 64}
+    told = {"head_dim": 64, "value_dim": 64, "element_bytes": 4, "weight_bytes": 4}
+    assert choice.problem.shape == {"rows": 2, "width": 64, "tensors": 2, **told}
     assert len(choice.seconds) == 2 and isinstance(choice.config, NormConfig)
