@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from rewriter.cost.work import Work
 from rewriter.dialect import OPS
 from rewriter.engine.miss import Miss
 from rewriter.engine.site import Site, bound_arguments
@@ -41,15 +42,32 @@ class AttentionShape:
         """Query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
 
-    def decode_operands(self, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    def decode_operands(self, kv_len: int, batch_size: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Meta tensors q, k, v of one decoded token against kv_len entries, for costs."""
         extents = (
             (self.num_heads, 1, self.head_dim),
             (self.num_kv_heads, kv_len, self.head_dim),
             (self.num_kv_heads, kv_len, self.value_dim),
         )
-        q, k, v = (torch.empty(1, *e, dtype=self.dtype, device="meta") for e in extents)
+        q, k, v = (torch.empty(batch_size, *e, dtype=self.dtype, device="meta") for e in extents)
         return q, k, v
+
+    def decode_work(self, operator: str, kv_len: int, batch_size: int = 1) -> Work:
+        """One decoded token against kv_len entries, all of which it sees, for predicted times.
+
+        Args:
+            operator: `attention`, `grouped_attention` or `streaming_attention`.
+        """
+        q, k, v = self.decode_operands(kv_len, batch_size)
+        new = (q, k[:, :, :1], v[:, :, :1]) if operator == "streaming_attention" else ()
+        sizes = {
+            **{"batch_size": batch_size, "q_len": 1, "kv_len": kv_len},
+            **{"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads},
+            "head_dim": self.head_dim,
+        }
+        cost = OPS[operator].cost(*(*new, k, v) if new else (q, k, v), mask="full")
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Work(operator, cost, sizes, dtype, dtype)
 
 
 def attention_shape(site: Site) -> AttentionShape:

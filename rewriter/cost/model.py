@@ -1,0 +1,105 @@
+"""What a cost model answers, and what two answers say about a rewrite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rewriter.cost.work import Work
+
+__all__ = ["CostModel", "Estimate", "Prediction", "compare", "estimate_all"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A time and the interval it is in nine times of ten.
+
+    Attributes:
+        seconds, low, high: low <= seconds <= high.
+        unsure: why the model does not stand by it, or "".
+    """
+
+    seconds: float
+    low: float
+    high: float
+    unsure: str = ""
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Of both, one after the other; as if both erred the same way."""
+        return Estimate(
+            self.seconds + other.seconds,
+            self.low + other.low,
+            self.high + other.high,
+            self.unsure or other.unsure,
+        )
+
+
+class CostModel(Protocol):
+    """How long work takes on this machine. Asked often: an answer measures and compiles nothing."""
+
+    name: str
+
+    def estimate(self, work: Work, backend: str) -> Estimate:
+        """Of one call on a backend of `optimize`; unsure where nothing like it is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A rewrite's time before and after.
+
+    Attributes:
+        model: name of who predicted. backend: what the times are for.
+        before, after: of one decode step at the site.
+        low, high: interval of after / before, as if the two erred independently.
+        unsure: why it decides nothing, or "".
+    """
+
+    model: str
+    backend: str
+    before: Estimate
+    after: Estimate
+    low: float
+    high: float
+    unsure: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """after / before: below 1 is faster."""
+        return self.after.seconds / self.before.seconds
+
+    @property
+    def slower(self) -> bool:
+        """Whether the rewrite surely does not pay."""
+        return not self.unsure and self.low > 1
+
+    def __str__(self) -> str:
+        told = f"{_time(self.before.seconds)} → {_time(self.after.seconds)}"
+        return f"{told} on {self.backend}" + (f" (unsure: {self.unsure})" if self.unsure else "")
+
+
+def estimate_all(model: CostModel, works: Iterable[Work], backend: str) -> Estimate:
+    """Of works that follow each other."""
+    estimates = [model.estimate(work, backend) for work in works]
+    return sum(estimates[1:], estimates[0]) if estimates else Estimate(0.0, 0.0, 0.0)
+
+
+def compare(
+    model: CostModel, before: Sequence[Work], after: Sequence[Work], backend: str
+) -> Prediction:
+    """What a model says about putting `after` in the place of `before`; neither may be empty."""
+    old, new = (estimate_all(model, works, backend) for works in (before, after))
+    middle = math.log(new.seconds / old.seconds)
+    down = math.hypot(math.log(new.seconds / new.low), math.log(old.high / old.seconds))
+    up = math.hypot(math.log(new.high / new.seconds), math.log(old.seconds / old.low))
+    low, high = math.exp(middle - down), math.exp(middle + up)
+    unsure = old.unsure or new.unsure
+    if not unsure and low <= 1 <= high:
+        unsure = f"{low:.2f} to {high:.2f} of the time"
+    return Prediction(model.name, backend, old, new, low, high, unsure)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
