@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ir_dataset.cost_models.cli import app as cost
 from rewriter.cli.console import err, guarded, out, write_json
 from rewriter.errors import ConfigError
 
@@ -20,6 +21,8 @@ app = typer.Typer(
     help="Collect LLVM IR from real builds into a dataset, and train cost models on it.\n\n"
     "CONFIG is a corpus file, or the name of one that ships: small, small-pip, large.",
 )
+
+app.add_typer(cost)
 
 ConfigFile = Annotated[
     str, typer.Option("--config", "-c", help="corpus.toml, or small, small-pip, large")

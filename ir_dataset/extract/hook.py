@@ -14,7 +14,7 @@ from pathlib import Path
 from ir_dataset.extract import shim
 from ir_dataset.toolchain import CCompiler
 
-__all__ = ["install_hook"]
+__all__ = ["install_hook", "plain_flags"]
 
 _NAMES = ("gcc", "g++", "cc", "c++", "clang", "clang++", "c89", "c99")
 _VERSIONED = re.compile(r"(?:\w+-linux-gnu\w*-)?(?:gcc|g\+\+|clang|clang\+\+)(?:-\d+)?")
@@ -56,8 +56,8 @@ def install_hook(
     settings = {
         "drop": str(seen_as / "drop"),
         "root": str(root or seen_as / "src"),
-        "c": [*compiler.c, *_plain(compiler)],
-        "cxx": [*compiler.cxx, *_plain(compiler)],
+        "c": [*compiler.c, *plain_flags(compiler)],
+        "cxx": [*compiler.cxx, *plain_flags(compiler)],
         "zig": compiler.kind == "zig",
         "aliases": [
             *aliases,
@@ -82,7 +82,7 @@ def install_hook(
     }
 
 
-def _plain(compiler: CCompiler) -> list[str]:
+def plain_flags(compiler: CCompiler) -> list[str]:
     """Zig compiles for this very machine, with checks and without assertions, unless told."""
     if compiler.kind != "zig":
         return []
