@@ -6,7 +6,7 @@ own launchers, so that everything can be compiled where there is no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -376,12 +376,12 @@ class Recorded:
     arguments: tuple[Any, ...]
 
 
-def recorded(case: Case, config: Any) -> list[Recorded]:
-    """What the case launches with a configuration; nothing runs."""
+def recorded(case: Case, config: Any) -> tuple[list[Recorded], Tensor]:
+    """What the case launches with a configuration, and the result that this would fill; nothing runs."""
     found: list[Recorded] = []
     with launched_by(lambda text, grid, given: found.append(Recorded(text, grid, tuple(given)))):
-        case.run(config)
-    return found
+        result = case.run(config)
+    return found, result
 
 
 def problem(case: Case) -> Problem:
@@ -395,11 +395,3 @@ def problem(case: Case) -> Problem:
     with tuning(Tuning("model", keep)), launched_by(lambda *_: None):
         case.run(None)
     return asked[0]
-
-
-def points(families: Iterator[Family] | None = None) -> Iterator[tuple[Family, Shape, Any]]:
-    """Every family, shape and configuration, the default of a shape first."""
-    for family in families or iter(FAMILIES.values()):
-        for shape in family.shapes:
-            for config in family.configurations(shape):
-                yield family, shape, config

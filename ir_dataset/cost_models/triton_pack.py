@@ -1,8 +1,8 @@
 """Every configuration of the Triton kernels compiled ahead of time, so that a GPU has only to measure.
 
-A pack is a directory: a store with what each text gave (cubin and features) and what did not compile and why,
-and `points.parquet`, one row for each family, shape and configuration. Compiling goes on where it was
-stopped; texts that several points share are compiled once.
+A pack is a directory: a store with what each text gave (cubin and features) or why it did not compile, and
+`points.parquet`, one row for each family, shape and configuration. Compiling goes on where it was stopped;
+texts that several points share are compiled once.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def planned(
     for family in chosen:
         for shape, config in _even(family, share):
             case = family.make(shape, torch.device("meta"))
-            launches = tuple(recorded(case, config))
+            launches = tuple(recorded(case, config)[0])
             texts = [for_launch(one.text, one.arguments) for one in launches]
             keys = tuple(text_key(text, target) for text in texts)
             yield Point(family, shape, config, launches, keys), dict(zip(keys, texts, strict=True))

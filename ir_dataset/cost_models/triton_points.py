@@ -27,7 +27,21 @@ from rewriter.errors import ArtifactError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["FILE", "GUESSED", "KERNEL", "KNOBS", "LEVEL0", "PLAIN", "features", "read", "table", "told", "write"]  # fmt: skip
+__all__ = [
+    "FILE",
+    "GUESSED",
+    "KERNEL",
+    "KNOBS",
+    "LEVEL0",
+    "PLAIN",
+    "digest",
+    "features",
+    "read",
+    "table",
+    "target_of",
+    "told",
+    "write",
+]
 
 FILE = "points.parquet"
 KERNEL = (
@@ -206,6 +220,17 @@ def read(path: Path) -> tuple[pyarrow.Table, str]:
     if missing:
         raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}")
     return found, digest
+
+
+def digest(root: Path) -> str:
+    """sha256 of a pack's file. Raises ArtifactError."""
+    return read(root / FILE)[1]
+
+
+def target_of(root: Path) -> str:
+    """What a pack was compiled for. Raises ArtifactError."""
+    metadata = read(root / FILE)[0].schema.metadata or {}
+    return metadata.get(b"target", b"").decode()
 
 
 def told(found: pyarrow.Table) -> str:
