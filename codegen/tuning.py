@@ -36,6 +36,7 @@ __all__ = [
     "current",
     "prune_configs_by",
     "tuning",
+    "tuning_lines",
 ]
 
 MODES = ("default", "model", "measure")
@@ -112,6 +113,7 @@ class Tuning:
         mode: of `MODES`.
         ranker: a cost model; `model` needs one, `measure` measures everything without one.
         top_k: candidates to measure besides the default, unless the problem is unknown to the model.
+        choices: made so far. asked: of them those that were asked for, since `tuning_lines` began.
 
     Raises:
         ConfigError: another mode, `model` without a ranker, or no positive `top_k`.
@@ -121,6 +123,7 @@ class Tuning:
     ranker: Ranker | None = None
     top_k: int = 3
     choices: dict[Hashable, Choice[Any]] = field(default_factory=dict)
+    asked: dict[Hashable, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -132,15 +135,15 @@ class Tuning:
 
     def chosen(self, problem: Problem, default: C) -> C:
         """What was chosen for a problem so far, else the default."""
-        found = self.choices.get(_key(problem))
+        key = _key(problem)
+        found = self.choices.get(key)
+        if found is not None:
+            self.asked[key] = None
         return default if found is None else found.config
 
     def report(self) -> list[str]:
         """One line for each choice, for a report."""
-        return [
-            f"{c.problem.kernel} {dict(c.problem.shape)}: {c.config}: {c.reason}"
-            for c in self.choices.values()
-        ]
+        return [_line(choice) for choice in self.choices.values()]
 
 
 _CURRENT: ContextVar[Tuning | None] = ContextVar("tuning", default=None)
@@ -159,6 +162,30 @@ def tuning(how: Tuning) -> Iterator[Tuning]:
         yield how
     finally:
         _CURRENT.reset(token)
+
+
+@contextlib.contextmanager
+def tuning_lines(into: list[str]) -> Iterator[None]:
+    """Append a line for each choice that is asked for in the block, made before or in it.
+
+    Nothing is appended outside of every `with tuning(...)`; where no kernel asked, one line says so.
+    """
+    how = current()
+    if how is None:
+        yield
+        return
+    before, how.asked = how.asked, {}
+    try:
+        yield
+    finally:
+        lines = [_line(how.choices[key]) for key in how.asked]
+        into += lines or [f"no kernel asked for a configuration (mode {how.mode})"]
+        how.asked = before | how.asked
+
+
+def _line(choice: Choice[Any]) -> str:
+    problem = choice.problem
+    return f"{problem.kernel} {dict(problem.shape)}: {choice.config}: {choice.reason}"
 
 
 def choose(
@@ -180,6 +207,7 @@ def choose(
     if key not in how.choices:
         offered = [default, *(c for c in candidates if c != default)]
         how.choices[key] = _choice(how, problem, offered, measure)
+    how.asked[key] = None
     return how.choices[key].config
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import passes as table  # the names are looked up late: passes import rewriter first
+from codegen.tuning import tuning_lines
 from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.engine.spec_text import format_default, parse_spec
@@ -157,7 +158,7 @@ def _rewritten(
     _record(report, verified)
     if strict:
         _demand_all(report, passes)
-    with clock("lower"):
+    with clock("lower"), tuning_lines(report.tuning):
         chosen = choose_backend(backend, verified.program)
         report.backend, report.backend_reason = chosen.name, chosen.reason
         optimized = _optimized(start.prepared, verified.program, report, chosen.name)

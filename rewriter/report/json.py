@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.model import Estimate, Prediction
 from rewriter.engine.miss import Miss
 from rewriter.errors import ArtifactError
 from rewriter.program import BakedDim
@@ -73,6 +74,7 @@ def _report(stored: dict[str, Any]) -> Report:
         misses=[_miss(item) for item in stored["misses"]],
         end_to_end=_numbers(stored["end_to_end"]),
         notes=list(stored["notes"]),
+        tuning=list(stored.get("tuning", [])),  # reports of earlier versions have none
         steps=[_step(item) for item in stored["steps"]],
     )
 
@@ -98,7 +100,16 @@ def _certificate(item: dict[str, Any]) -> Certificate:
     fields |= {name: _cost(item[name]) for name in ("cost_before", "cost_after")}
     fields |= {name: _number(item[name]) for name in ("implementation_error", "tolerance")}
     fields |= {name: _numbers(item[name]) for name in ("method_error", "measured_us")}
+    fields["predicted"] = _prediction(item.get("predicted"))
     return Certificate(**fields)
+
+
+def _prediction(item: dict[str, Any] | None) -> Prediction | None:
+    if item is None:
+        return None
+    times = {name: Estimate(**item[name]) for name in ("before", "after")}
+    fields: dict[str, Any] = item | times
+    return Prediction(**fields)
 
 
 def _cost(item: dict[str, Any] | None) -> Cost | None:

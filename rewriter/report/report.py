@@ -52,6 +52,7 @@ class Report:
     misses: list[Miss] = field(default_factory=list[Miss])
     end_to_end: dict[str, float] = field(default_factory=dict[str, float])  # against the original
     notes: list[str] = field(default_factory=list[str])
+    tuning: list[str] = field(default_factory=list[str])  # configurations chosen, and why
     steps: list[Step] = field(default_factory=list[Step])
 
     def of_passes(self, specs: Iterable[str]) -> Report:
@@ -63,6 +64,7 @@ class Report:
             certificates=list(self.certificates),
             misses=list(self.misses),
             notes=list(self.notes),
+            tuning=list(self.tuning),
             steps=list(self.steps),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rewriter.cost.model import total_prediction
 from rewriter.engine.miss import Miss
 from rewriter.report.report import Report
 from rewriter.verify.certificate import Certificate
@@ -26,6 +27,7 @@ def render_text(report: Report) -> str:
         _table("baked in", [[f"{b.input}[{b.dim}] = {b.value}", b.reason] for b in report.baked]),
         _table("undone", _undone(report)),
         _table("not matched", _misses(report)),
+        _table("tuning", [[line] for line in report.tuning]),
         _table("notes", [[note] for note in report.notes]),
         _table("seconds", [[name, f"{value:.2f}"] for name, value in report.seconds.items()]),
     ]
@@ -50,10 +52,15 @@ def _rewrites(report: Report) -> list[list[str]]:
     kept = [c for c in report.certificates if c.status != "rolled_back"]
     for spec in dict.fromkeys(c.spec for c in kept):
         own = [c for c in kept if c.spec == spec]
-        rows.append(
-            [spec, own[0].fidelity, f"{len(own)} site{'s' if len(own) > 1 else ''}", _worst(own)]
-        )
+        sites = f"{len(own)} site{'s' if len(own) > 1 else ''}"
+        rows.append([spec, own[0].fidelity, sites, _worst(own), _predicted(own)])
     return rows
+
+
+def _predicted(certificates: list[Certificate]) -> str:
+    """Time of a decode step at all sites; "" where it was not predicted."""
+    told = [c.predicted for c in certificates if c.predicted is not None]
+    return "" if not told else f"predicted {total_prediction(told)}"
 
 
 def _worst(certificates: list[Certificate]) -> str:
