@@ -149,9 +149,10 @@ def _outcome(future: Any, timeout_s: float) -> Outcome:
 class RayExecutor:
     """Tasks on a Ray cluster whose nodes see the store's directory.
 
-    Tasks travel in batches, since one costs Ray a millisecond. A batch whose worker dies is tried
-    again by Ray; a batch that fails for good is run task by task, so that one bad input takes nothing
-    else with it.
+    Tasks travel in batches, since one costs Ray a millisecond. A batch whose worker or node dies is tried
+    again by Ray, on another node where its own is gone; a batch that fails for good is run task by task,
+    so that one bad input takes nothing else with it. A task that its worker dies of has crashed; one that
+    only lost its node, again and again, is `node`, which says nothing of the task.
 
     Args:
         address: of a running cluster; None starts one here with `jobs` CPUs.
@@ -183,9 +184,9 @@ class RayExecutor:
         size = max(1, min(self.batch, -(-len(work.payloads) // self._parallel())))
         positions = list(range(len(work.payloads)))
         batches = [positions[start : start + size] for start in range(0, len(positions), size)]
-        lost = [index for batch in self._send(work, batches, on_done) for index in batch]
-        for batch in self._send(work, [[index] for index in lost], on_done):
-            on_done(batch[0], Outcome(error_kind="crash", error="the worker died"))
+        lost = [index for batch, _ in self._send(work, batches, on_done) for index in batch]
+        for batch, error in self._send(work, [[index] for index in lost], on_done):
+            on_done(batch[0], _lost(error, self._ray.exceptions))
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
@@ -194,10 +195,12 @@ class RayExecutor:
     def _parallel(self) -> int:
         return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def _send(self, work: Work, batches: list[list[int]], on_done: OnDone) -> list[list[int]]:
-        """Run batches; returns those that gave nothing."""
+    def _send(
+        self, work: Work, batches: list[list[int]], on_done: OnDone
+    ) -> list[tuple[list[int], Exception]]:
+        """Run batches; returns those that gave nothing, and what Ray said."""
         waiting, pending = iter(batches), {}
-        lost: list[list[int]] = []
+        lost: list[tuple[list[int], Exception]] = []
         while True:
             free = 2 * self._parallel() - len(pending)
             for batch in () if work.stop() else islice(waiting, free):
@@ -210,11 +213,22 @@ class RayExecutor:
             batch = pending.pop(done)
             try:
                 outcomes = self._ray.get(done)
-            except self._ray.exceptions.RayError:
-                lost.append(batch)
+            except self._ray.exceptions.RayError as error:
+                lost.append((batch, error))
                 continue
             for index, outcome in zip(batch, outcomes, strict=True):
                 on_done(index, outcome)
+
+
+def _lost(error: Exception, exceptions: Any) -> Outcome:
+    """What a task is told to have met that gave nothing, alone and however often it was tried."""
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return Outcome(
+            error_kind="memory", error="Ray ended the worker: its node ran out of memory"
+        )
+    if isinstance(error, exceptions.WorkerCrashedError):
+        return Outcome(error_kind="crash", error="the worker died")
+    return Outcome(error_kind="node", error=f"Ray lost it: {type(error).__name__}")
 
 
 def _run_batch(

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 OPTIONAL = frozenset({"fetch", "build"})
 """Stages of which a run may leave tasks for another: what follows works with what is there."""
-TRANSIENT = frozenset({"disk"})
+TRANSIENT = frozenset({"disk", "node"})
 """Failures that say nothing of the input: told, but not kept, so that the next run tries again."""
 
 

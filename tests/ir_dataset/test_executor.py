@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from ir_dataset.executor import make_executor
+from ir_dataset.executor import _lost, make_executor
+from ir_dataset.runner import TRANSIENT
 from rewriter.errors import ConfigError
 
 SCRIPT = """
@@ -71,6 +72,17 @@ def test_local_processes(tmp_path):
 def test_ray(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'rewriter[ray]'")
     _check(_ran(tmp_path, "ray"), tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("WorkerCrashedError", "crash"), ("OutOfMemoryError", "memory"), ("NodeDiedError", "node")],
+)
+def test_a_lost_node_is_no_fault_of_the_task(name, kind):
+    exceptions = pytest.importorskip("ray.exceptions", reason="pip install 'rewriter[ray]'")
+    error = getattr(exceptions, name)
+    told = _lost(error("x") if name != "WorkerCrashedError" else error(), exceptions)
+    assert told.error_kind == kind and (kind in TRANSIENT) == (kind == "node")
 
 
 @pytest.mark.parametrize(
