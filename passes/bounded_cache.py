@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.work import Work
 from rewriter.dialect import OPS
 from rewriter.dialect.attention import attend, repeat_kv
 from rewriter.engine.cached_attention import (
@@ -222,6 +223,15 @@ class BoundedCache(RewritePass, ABC):
         q, k, v = facts.shape.decode_operands(self.budget + 1)
         new = (q, k[:, :, :1], v[:, :, :1])
         return OPS["streaming_attention"].cost(*new, k, v)
+
+    def original_work(self, facts: CacheFacts) -> tuple[Work, ...]:
+        """Of one decoded token on `TYPICAL_KV_LEN` entries, heads grouped where they can be."""
+        name = "grouped_attention" if facts.shape.group_size > 1 else "attention"
+        return (facts.shape.decode_work(name, TYPICAL_KV_LEN),)
+
+    def work(self, facts: CacheFacts) -> tuple[Work, ...]:
+        """Of one decoded token once the slots are full."""
+        return (facts.shape.decode_work("streaming_attention", self.budget),)
 
 
 def _result(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.work import Work
 from rewriter.dialect import OPS
 from rewriter.engine.cached_attention import TYPICAL_KV_LEN, AttentionShape, attention_shape
 from rewriter.engine.miss import Miss
@@ -92,3 +93,11 @@ class GroupedAttention(RewritePass):
         """Of one decoded token on `TYPICAL_KV_LEN` entries."""
         operands = facts.shape.decode_operands(TYPICAL_KV_LEN)
         return OPS["grouped_attention"].cost(*operands, **facts.options)
+
+    def original_work(self, facts: GroupedAttentionFacts) -> tuple[Work, ...]:
+        """The same as attention that repeats heads."""
+        return (facts.shape.decode_work("attention", TYPICAL_KV_LEN),)
+
+    def work(self, facts: GroupedAttentionFacts) -> tuple[Work, ...]:
+        """Of one decoded token on `TYPICAL_KV_LEN` entries."""
+        return (facts.shape.decode_work("grouped_attention", TYPICAL_KV_LEN),)

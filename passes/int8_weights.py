@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.work import Work, linear_work
 from rewriter.dialect import OPS
 from rewriter.dialect.int8 import quantize_rows
 from rewriter.dialect.linear import linear
@@ -194,6 +195,14 @@ class Int8Weights(RewritePass):
         """The same as int8."""
         return _cost(facts, lambda m: m.value.numel() + 4 * len(m.value))
 
+    def original_work(self, facts: ProductFacts) -> tuple[Work, ...]:
+        """A product with each weight that may become int8."""
+        return tuple(_product(m, str(m.value.dtype).removeprefix("torch.")) for m in facts.matrices)
+
+    def work(self, facts: ProductFacts) -> tuple[Work, ...]:
+        """The same with int8 rows."""
+        return tuple(_product(matrix, "int8") for matrix in facts.matrices)
+
     def candidates(self, facts: ProductFacts) -> tuple[Self, ...]:
         """Everything, and all but the last matrix."""
         return (self, replace(self, skip="lm_head"))
@@ -207,6 +216,13 @@ def values_of(values: dict[str, Any], *names: str) -> list[Any]:
 def _cost(facts: ProductFacts, size: Any) -> Cost:
     flops = sum(2.0 * matrix.value.numel() for matrix in facts.matrices)
     return Cost(flops, float(sum(map(size, facts.matrices))), len(facts.matrices))
+
+
+def _product(matrix: Matrix, weight_dtype: str) -> Work:
+    """Of one vector, which has the dtype that the weight had."""
+    dtype = str(matrix.value.dtype).removeprefix("torch.")
+    out_size, in_size = matrix.value.shape
+    return linear_work(1, out_size, in_size, dtype, weight_dtype)
 
 
 def _may_be_tensor(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import passes as table  # the names are looked up late: passes import rewriter first
 from codegen.tuning import tuning_lines
+from rewriter.cost.context import current, on_backend
 from rewriter.engine.pipeline import apply_passes, check_conflicts
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.engine.spec_text import format_default, parse_spec
@@ -150,7 +151,8 @@ def _rewritten(
 ) -> OptimizedModel:
     report, baseline = start.report.of_passes(map(str, passes)), start.baseline
     clock = Clock(on_stage, report.seconds)
-    with clock("rewrite" if baseline is None else "rewrite and verify"):
+    costed = _costed_on(start.base, backend, report)
+    with clock("rewrite" if baseline is None else "rewrite and verify"), on_backend(costed):
         if baseline is None:
             verified = _unverified(start.base, passes)
         else:
@@ -186,7 +188,8 @@ def explain(
     requested = resolve_passes(passes)
     start = _start(model, example_inputs, False, on_stage)
     report = start.report.of_passes(map(str, requested))
-    with Clock(on_stage, report.seconds)("rewrite"):
+    costed = _costed_on(start.base, "auto", report)
+    with Clock(on_stage, report.seconds)("rewrite"), on_backend(costed):
         _record(report, _unverified(start.base, requested))
     return report
 
@@ -276,6 +279,17 @@ def _unverified(base: Program, passes: Sequence[RewritePass]) -> Verified:
     """Apply without checking; a pass that fails outright is still left out."""
     result = apply_passes(base, passes, keep_code=True)
     return Verified(result, unverified_certificates(result, passes))
+
+
+def _costed_on(base: Program, backend: str, report: Report) -> str | None:
+    """The backend that times are predicted for; None where none are."""
+    if current() is None:
+        return None
+    devices = {p.device.type for p in base.module.parameters()}
+    if devices - {"cpu"}:
+        report.notes.append(f"times are not predicted for weights on {', '.join(sorted(devices))}")
+        return None
+    return choose_backend(backend, base).name
 
 
 def _record(report: Report, verified: Verified) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import fx, nn
 
+from rewriter.cost.context import current
 from rewriter.dialect import OPS
 from rewriter.dialect.int8 import Int8Matrix
 from rewriter.dialect.linear import linear
@@ -95,7 +96,22 @@ def choose_backend(requested: str, program: Program | None = None) -> BackendCho
             "eager",
             f"auto: runs at once; {size / 2**20:.0f} MiB of weights do not pay a compilation",
         )
-    return BackendChoice("cpu", f"auto: a decode step reads {size / 2**20:.0f} MiB of weights")
+    reads = f"a decode step reads {size / 2**20:.0f} MiB of weights"
+    return _predicted_choice(program) or BackendChoice("cpu", f"auto: {reads}")
+
+
+def _predicted_choice(program: Program) -> BackendChoice | None:
+    """What the model of `costing` says, `cpu` unless it surely loses; None where none is asked."""
+    how = current()
+    if how is None:
+        return None
+    from rewriter.cost.step import predict_backends
+
+    told = predict_backends(how.model, program, "eager", "cpu")
+    if told is None:
+        return None
+    name = "eager" if told.slower else "cpu"
+    return BackendChoice(name, f"auto: predicted by {told.model}: {told}")
 
 
 def _why_not_cpu(program: Program | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ _CURRENT: ContextVar[Costing | None] = ContextVar("costing", default=None)
 
 
 @contextlib.contextmanager
-def costing(model: CostModel) -> Iterator[Costing]:
+def costing(model: CostModel) -> Generator[Costing, None, None]:
     """Predict the time of every rewrite inside of the block, and leave out those that surely lose.
 
     An approximate pass is applied whatever the prediction, as it was asked for by name. Where the
@@ -37,7 +37,7 @@ def costing(model: CostModel) -> Iterator[Costing]:
 
 
 @contextlib.contextmanager
-def on_backend(name: str | None) -> Iterator[None]:
+def on_backend(name: str | None) -> Generator[None, None, None]:
     """Predictions inside of the block are for this backend; None for one that no model knows."""
     how = _CURRENT.get()
     with _set(None if how is None or name is None else replace(how, backend=name)):
@@ -58,7 +58,7 @@ def predict(before: Sequence[Work], after: Sequence[Work]) -> Prediction | None:
 
 
 @contextlib.contextmanager
-def _set(how: Costing | None) -> Iterator[Costing | None]:
+def _set(how: Costing | None) -> Generator[Costing | None, None, None]:
     token = _CURRENT.set(how)
     try:
         yield how

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rewriter.cost.work import Work
 
-__all__ = ["CostModel", "Estimate", "Prediction", "compare", "estimate_all"]
+__all__ = ["CostModel", "Estimate", "Prediction", "compare", "estimate_all", "total_prediction"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,18 @@ class Prediction:
     high: float
     unsure: str = ""
 
+    @staticmethod
+    def of(before: Estimate, after: Estimate, *, model: str, backend: str) -> Prediction:
+        """From both times; unsure where either is, and where the interval has "no gain" in it."""
+        down = math.hypot(_log(after.seconds, after.low), _log(before.high, before.seconds))
+        up = math.hypot(_log(after.high, after.seconds), _log(before.seconds, before.low))
+        middle = _log(after.seconds, before.seconds)
+        low, high = math.exp(middle - down), math.exp(middle + up)
+        unsure = before.unsure or after.unsure
+        if not unsure and low <= 1 <= high:
+            unsure = f"{low:.2f} to {high:.2f} of the time"
+        return Prediction(model, backend, before, after, low, high, unsure)
+
     @property
     def ratio(self) -> float:
         """after / before: below 1 is faster."""
@@ -91,14 +103,21 @@ def compare(
 ) -> Prediction:
     """What a model says about putting `after` in the place of `before`; neither may be empty."""
     old, new = (estimate_all(model, works, backend) for works in (before, after))
-    middle = math.log(new.seconds / old.seconds)
-    down = math.hypot(math.log(new.seconds / new.low), math.log(old.high / old.seconds))
-    up = math.hypot(math.log(new.high / new.seconds), math.log(old.seconds / old.low))
-    low, high = math.exp(middle - down), math.exp(middle + up)
-    unsure = old.unsure or new.unsure
-    if not unsure and low <= 1 <= high:
-        unsure = f"{low:.2f} to {high:.2f} of the time"
-    return Prediction(model.name, backend, old, new, low, high, unsure)
+    return Prediction.of(old, new, model=model.name, backend=backend)
+
+
+def total_prediction(predictions: Sequence[Prediction]) -> Prediction:
+    """Of rewrites that follow each other, at least one, by one model."""
+    first = predictions[0]
+    before, after = (
+        sum(times[1:], times[0])
+        for times in ([p.before for p in predictions], [p.after for p in predictions])
+    )
+    return Prediction.of(before, after, model=first.model, backend=first.backend)
+
+
+def _log(large: float, small: float) -> float:
+    return math.log(large / small)
 
 
 def _time(seconds: float) -> str:

@@ -61,8 +61,11 @@ class AttentionShape:
         q, k, v = self.decode_operands(kv_len, batch_size)
         new = (q, k[:, :, :1], v[:, :, :1]) if operator == "streaming_attention" else ()
         sizes = {
-            **{"batch_size": batch_size, "q_len": 1, "kv_len": kv_len},
-            **{"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads},
+            "batch_size": batch_size,
+            "q_len": 1,
+            "kv_len": kv_len,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
         }
         cost = OPS[operator].cost(*(*new, k, v) if new else (q, k, v), mask="full")

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from rewriter.cost.context import predict
+from rewriter.cost.model import Prediction
 from rewriter.engine.invariants import (
     check_known,
     check_outputs,
@@ -50,6 +52,7 @@ class Applied:
         before, after: names of the node that was replaced and of the one in its place; "" for a pass
             on the whole program.
         added: names of all new nodes.
+        prediction: its time, inside of `costing`.
     """
 
     rewrite: RewritePass
@@ -63,6 +66,7 @@ class Applied:
     before: str
     after: str
     added: tuple[str, ...]
+    prediction: Prediction | None = None
 
     @property
     def identity(self) -> Identity:
@@ -239,6 +243,10 @@ class _PassRun:
         if isinstance(facts, Miss):
             self.misses.append(facts)
             return
+        prediction = predict(self.rewrite.original_work(facts), self.rewrite.work(facts))
+        if prediction is not None and _leave(self.rewrite, prediction):
+            self.misses.append(_slower(site, self.rewrite, prediction))
+            return
         chosen = self.rewrite if self.setting is None else self.setting(self.rewrite, facts)
         inputs = tuple(n and n.name for n in chosen.reference_inputs(site, facts))
         old, users = (
@@ -252,7 +260,7 @@ class _PassRun:
         before = "" if site.node is None else site.node.name
         names = (before, before if after is None else after.name, tuple(n.name for n in new))
         record = (site.key, site.label, site.source, site.layer, inputs)
-        self.applied.append(Applied(self.rewrite, chosen, facts, *record, *names))
+        self.applied.append(Applied(self.rewrite, chosen, facts, *record, *names, prediction))
 
     def _check_new(self, site: Site, new: Sequence[fx.Node], after: fx.Node | None) -> None:
         """Mark the new nodes as this rewrite's, and look at what they compute."""
@@ -266,6 +274,18 @@ class _PassRun:
             raise RewriteError(f"{what} put in {error}") from error
         if site.node is not None and after is not None:
             check_replacement(site.node, after, self.shapes, what)
+
+
+def _leave(rewrite: RewritePass, prediction: Prediction) -> bool:
+    """Whether a rewrite does not pay; who asks for an approximate one gets it."""
+    return rewrite.fidelity is not Fidelity.APPROXIMATE and prediction.slower
+
+
+def _slower(site: Site, rewrite: RewritePass, prediction: Prediction) -> Miss:
+    reason = f"predicted to be slower by {prediction.model}: {prediction}"
+    if site.node is None:
+        return Miss(rewrite.name, reason)
+    return Miss.at(site.node, rewrite.name, reason, site=site.label)
 
 
 def _named(what: str, error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, fx
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.work import Work
 from rewriter.engine.miss import Miss
 from rewriter.engine.site import Site, tensor_arguments
 
@@ -90,6 +91,16 @@ class RewritePass:
     def original_cost(self, facts: Any) -> Cost | None:
         """Of one decode step at the site before the rewrite; None when it is not predicted."""
         return None
+
+    def original_work(self, facts: Any) -> tuple[Work, ...]:
+        """What `original_cost` is of, for predicted times; a cost alone unless the pass tells more."""
+        cost = self.original_cost(facts)
+        return () if cost is None else (Work("", cost),)
+
+    def work(self, facts: Any) -> tuple[Work, ...]:
+        """What `cost` is of; see `original_work`."""
+        cost = self.cost(facts)
+        return () if cost is None else (Work("", cost),)
 
     def candidates(self, facts: Any) -> tuple[Self, ...]:
         """Settings worth trying in a search, cheapest first."""

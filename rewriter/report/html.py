@@ -31,7 +31,10 @@ def render_html(report: Report) -> str:
     folder = resources.files("rewriter.report")
     template = environment.from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
     steps = [_step(step) for step in report.steps]
-    return template.render(report=report, steps=steps, verdict=_verdict(report))
+    predicted = any(c.predicted for c in report.certificates)
+    return template.render(
+        report=report, steps=steps, verdict=_verdict(report), predicted=predicted
+    )
 
 
 def _step(step: Step) -> dict[str, Any]:

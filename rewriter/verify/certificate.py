@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.model import Prediction
 
 __all__ = ["Certificate", "Status"]
 
@@ -27,6 +28,7 @@ class Certificate:
         tolerance: what `implementation_error` had to stay below.
         method_error: metrics of reference against the original: `{"relative_l2": ..., "kl_mean": ...}`.
         cost_before, cost_after: predicted cost of one decode step at the site.
+        predicted: time of one decode step at the site, inside of `costing`.
         measured_us: measured microseconds of the site, `{"before": ..., "after": ...}`, where measured.
     """
 
@@ -44,3 +46,4 @@ class Certificate:
     cost_before: Cost | None = None
     cost_after: Cost | None = None
     measured_us: dict[str, float] = field(default_factory=dict)
+    predicted: Prediction | None = None

@@ -33,6 +33,7 @@ def applied_certificate(
         method_error=method_error,
         cost_before=applied.rewrite.original_cost(applied.facts),
         cost_after=applied.rewrite.cost(applied.facts),
+        predicted=applied.prediction,
     )
 
 
@@ -59,6 +60,7 @@ def undone_certificate(
         scenarios=scenarios,
         implementation_error=None if verdict is None else verdict.error,
         tolerance=None if verdict is None else verdict.tolerance,
+        predicted=None if applied is None else applied.prediction,
     )
 
 
@@ -68,7 +70,9 @@ def unverified_certificates(
     """Of rewrites that nobody checked, and of those that their own pass refused."""
     kept = [
         Certificate(
-            str(a.rewrite), a.rewrite.fidelity.value, a.label, a.key, a.source, status="unverified"
+            *(str(a.rewrite), a.rewrite.fidelity.value, a.label, a.key, a.source),
+            status="unverified",
+            predicted=a.prediction,
         )
         for a in result.applied
     ]
