@@ -1,8 +1,7 @@
 """How good the cost models are, beside what they have to beat, over five seeds.
 
     python benchmarks/cost_model.py                            # CPU configurations, from the package's data
-    python benchmarks/cost_model.py --only size --size-data f  # code size; f is of cost_models.size_data
-    python benchmarks/cost_model.py --only level2 --size-data f
+    python benchmarks/cost_model.py --only size level2 --dataset DIR   # code size, over a packed dataset
 
 Nothing is timed here: configurations are judged by the half of the measured passes that nothing was
 chosen by. Results go to benchmarks/results/cost-model-<section>.json.
@@ -133,7 +132,7 @@ def _without(groups: Groups, names: set[str]) -> Groups:
 
 
 def _size(arguments: argparse.Namespace) -> dict[str, Any]:
-    data = size_data.load(arguments.size_data)
+    data = size_data.read(arguments.dataset)
     rows: dict[str, Any] = {}
     for kind in size.KINDS:
         settings = size.SizeSettings(kind=kind)
@@ -148,10 +147,9 @@ def _size(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _level2(arguments: argparse.Namespace) -> dict[str, Any]:
-    data = size_data.load(arguments.size_data)
+    data = size_data.read(arguments.dataset)
     known = data.rows("Oz")
-    at = np.flatnonzero(np.nan_to_num(data.sizes["Oz"]) > 0)
-    second = data.sizes["O2"][at]
+    second = data.sizes["O2"][data.known("Oz")]
     rows: dict[str, Any] = {}
     for name, tasks in (("network, Oz and O2", 2), ("network, Oz alone", 1)):
 
@@ -213,7 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=("cpu", "size", "level2"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--size-data", type=Path, default=Path("size.npz"))
+    parser.add_argument("--dataset", type=Path, default=Path("ir-dataset"))
     parser.add_argument("--width", type=int, default=150)
     return parser.parse_args()
 

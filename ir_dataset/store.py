@@ -194,14 +194,6 @@ class Store:
         )
         return [TaskRow(*row) for row in self._connection().execute(query, (stage, stage))]
 
-    def done(self, stage: str) -> list[TaskRow]:
-        """What a stage gave, in the order of the tasks' keys."""
-        query = (
-            "SELECT key, stage, label, status, output, error_kind, error, wall_s FROM task"
-            " WHERE status = 'done' AND stage = ? ORDER BY key"
-        )
-        return [TaskRow(*row) for row in self._connection().execute(query, (stage,))]
-
     def forget_failures(self) -> int:
         """Let failed tasks run again; returns how many there were."""
         connection = self._connection()

@@ -1,8 +1,9 @@
 """The measurements of the CPU families that come with the package, as groups to learn from.
 
 Rows beside the kernel's own features carry what other shapes of the same family, and other families,
-measured for the same configuration. Those come from what is learned from alone: a row's own group is
-left out, so that training sees them as they will be when a shape is new.
+measured for the same configuration, and what a sum over the work done makes of them (`work_terms`).
+Those come from what is learned from alone: a row's own group is left out, so that training sees them as
+they will be when a shape is new.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ir_dataset.cost_models import work_terms
 from ir_dataset.cost_models.cpu_families import DEFAULT, FAMILIES, Configuration, Shape, body_name
 from ir_dataset.cost_models.cpu_features import CODE, KERNEL, NAMES, configuration_features
 from ir_dataset.cost_models.measure import KNOBS
@@ -23,7 +25,7 @@ from rewriter.errors import ArtifactError
 
 __all__ = ["PRIORS", "CpuData", "load", "with_priors"]
 
-PRIORS = ("near_shapes", "all_shapes", "other_families")
+PRIORS = ("near_shapes", "all_shapes", "other_families", "work", "work_beside_best")
 _NEAR = 1.0
 """Distance in log2 of the sizes at which a known shape counts by exp(-1/2)."""
 
@@ -102,11 +104,15 @@ def with_priors(train: Groups, test: Groups) -> tuple[Groups, Groups]:
 
 
 def _joined(rows: Groups, known: Groups) -> Groups:
-    priors = np.empty((len(rows.groups), len(PRIORS)))
+    priors = np.full((len(rows.groups), len(PRIORS)), np.nan)
+    told = work_terms.predicted_logs(rows, known, (*KERNEL[:4], *KNOBS))
     catalogue = _Catalogue(known)
     for group in np.unique(rows.groups):
         at = np.flatnonzero(rows.groups == group)
-        priors[at] = catalogue.priors(rows.features[at], int(group))
+        priors[at, :3] = catalogue.priors(rows.features[at], int(group))
+        own = told[at]
+        if np.isfinite(own).any():
+            priors[at, 3], priors[at, 4] = own - np.nanmean(own), own - np.nanmin(own)
     features = np.hstack([rows.features, priors])
     return Groups(features, (*rows.names, *PRIORS), rows.groups, rows.seconds)
 
@@ -131,7 +137,7 @@ class _Catalogue:
         self.kinds = known.features[first][:, self.kind]
 
     def priors(self, features: Floats, group: int) -> Floats:
-        """[rows, PRIORS] of one group; NaN where nothing is known."""
+        """[rows, 3] of one group: the first of PRIORS; NaN where nothing is known."""
         own = self.groups == group
         same = (self.kinds == features[0, self.kind]).all(1) & ~own
         other = ~(self.kinds == features[0, self.kind]).all(1)

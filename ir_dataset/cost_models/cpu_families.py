@@ -87,6 +87,7 @@ class Family:
 
     Attributes:
         by_columns: threads share columns instead of rows.
+        scattered: `out` is written down its columns, a line for each.
         before, inside, after: C++ of the three places; see the module and `_BODY` for the names.
         reference: the same in numpy, from arrays and a shape to `out`, flattened.
         flops: for each element of rows x columns x depth.
@@ -100,6 +101,7 @@ class Family:
     before: str = ""
     after: str = ""
     by_columns: bool = False
+    scattered: bool = False
     flops: float = 2.0
     read: float = 4.0
     written: float = 0.0
@@ -563,6 +565,7 @@ for (int u = 0; u < UNROLL; ++u) {
         ),
         Family(
             "transpose",
+            scattered=True,
             inside="""
 for (int u = 0; u < UNROLL; ++u)
     for (int i = 0; i < ROWS; ++i) {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from codegen.cpp_kernels.compiler import find_compiler
-from ir_dataset.cost_models import assembly
+from ir_dataset.cost_models import assembly, work_terms
 from ir_dataset.cost_models.cpu_families import (
     CONFIGURATIONS,
     FAMILIES,
@@ -43,7 +43,12 @@ KNOBS = (
     *("rows", "unroll", "width", "block", "prefetch", "threads"),
     *("log_strip", "sums", "strips_in_row", "tiles_of_thread", "blocks", "log_share_bytes"),
     *("log_seconds", "block_bytes", "log_tile_bytes", "log_block_bytes"),
+    *work_terms.MISSES,
 )
+CACHE_SETS = ((64, 12), (2048, 16))
+"""Sets and ways of the first and second cache, with lines of 64 bytes."""
+KNOWN_PAGES = 64
+"""Pages of 4 KiB whose addresses a core has at hand."""
 CODE = assembly.FEATURES
 PER_ELEMENT = ("mca_per_element", "instructions_per_element", "log_mca_seconds")
 NAMES = (*KERNEL, *PLACES, *KNOBS, *CODE, *PER_ELEMENT)
@@ -102,11 +107,32 @@ def configuration_features(
         "block_bytes": block * rows * 4.0,
         "log_tile_bytes": np.log2(block * c.rows * 4.0),
         "log_block_bytes": np.log2(block * rows * 4.0),
+        **_misses(family, shape, lines=int(block), together=strip),
         **code,
         "mca_per_element": code["mca_cycles"] / (c.rows * strip),
         "instructions_per_element": code["loop_instructions"] / (c.rows * strip),
         "log_mca_seconds": np.log2(rounds * busy + 1e-7),
     }
+
+
+def _misses(family: Family, shape: Shape, *, lines: int, together: int) -> dict[str, float]:
+    """What stores that walk down columns miss: a block's lines have to stay until each is full.
+
+    Args:
+        lines: that one tile of rows writes to, one for each column. together: lines of one strip.
+    """
+    if not family.scattered:
+        return dict.fromkeys(work_terms.MISSES, 0.0)
+    apart = shape.rows * 4
+
+    def sets(count: int, of: int) -> int:
+        return len(np.unique(np.arange(count) * apart // 64 % of))
+
+    kept = [sets(lines, of) * ways / lines for of, ways in CACHE_SETS]
+    kept.append(KNOWN_PAGES / max(lines * min(apart / 4096, 1.0), 1.0))
+    on_a_set = together / sets(together, CACHE_SETS[0][0]) - 1.0
+    told = (*(max(0.0, 1.0 - share) for share in kept), on_a_set)
+    return dict(zip(work_terms.MISSES, told, strict=True))
 
 
 def code_rows(families: Mapping[str, Family] = FAMILIES) -> Iterator[dict[str, Any]]:

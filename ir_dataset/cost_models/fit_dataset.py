@@ -1,20 +1,21 @@
-"""A size model from a packed dataset: learned on its training set, judged on what it never saw."""
+"""Size models from a packed dataset: learned on its training set, judged on what they never saw."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ir_dataset.cost_models.settings import SHIPPED_SIZE
-from ir_dataset.cost_models.size import KINDS, SizeModel, SizeRows, metrics
-from ir_dataset.features import FEATURES
+from ir_dataset.cost_models.size import KINDS, SizeModel, metrics
+from ir_dataset.cost_models.size_data import SizeData, read
 
-__all__ = ["fit_dataset"]
+__all__ = ["HELD_OUT", "fit_dataset", "judge"]
 
 LEAST_ROWS = 50
 """Functions with a size below which nothing is learned."""
+HELD_OUT = ("test", "ood")
+"""Projects, and the language, that training does not see."""
 
 
 def fit_dataset(directory: Path) -> dict[str, Any]:
@@ -24,49 +25,43 @@ def fit_dataset(directory: Path) -> dict[str, Any]:
         directory: of a dataset, with `functions.parquet`.
 
     Returns:
-        by level: rows, metrics on the `test` and the held-out language's set, or why there is no model.
+        by level: rows and metrics on the held-out sets, or why there is no model.
     """
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    path = directory / "functions.parquet"
-    wanted = [f"size_{kind.lower()}" for kind in KINDS]
-    there = set(pq.read_schema(path).names)
-    columns = [name for name in wanted if name in there]
-    numbers = [f"feature_{name}" for name in FEATURES]
-    table = pq.read_table(path, columns=["project", "split", "duplicate", *columns, *numbers])
-    features = np.stack([table[name].to_numpy() for name in numbers], 1)
-    split, projects = (np.array(table[name].to_pylist()) for name in ("split", "project"))
-    unique = ~table["duplicate"].to_numpy()
-    seen = hashlib.sha256(path.read_bytes()).hexdigest()
-    found: dict[str, Any] = {"training_data": seen}
-    for kind, name in zip(KINDS, wanted, strict=True):
-        if name not in columns:
-            found[kind] = {"reason": "the toolchain that made the labels has no such level"}
-            continue
-        sizes = table[name].to_numpy().astype(float)
-        usable = unique & (np.nan_to_num(sizes) > 0) & ~np.isnan(features[:, 0])
-
-        def rows(of: str, sizes: Any = sizes, usable: Any = usable) -> SizeRows:
-            at = np.flatnonzero(usable & (split == of))
-            return SizeRows(features[at], FEATURES, sizes[at], projects[at])
-
-        found[kind] = _fit(kind, rows, directory / "models" / f"{name}.json.gz", seen)
+    data = read(directory)
+    found: dict[str, Any] = {"training_data": data.digest}
+    for kind in KINDS:
+        path = directory / "models" / f"size_{kind.lower()}.json.gz"
+        found[kind] = _fit(data, kind, path)
     return found
 
 
-def _fit(kind: str, rows: Any, path: Path, seen: str) -> dict[str, Any]:
-    train = rows("train")
+def _fit(data: SizeData, kind: str, path: Path) -> dict[str, Any]:
+    if kind not in data.sizes:
+        return {"reason": "the toolchain that made the labels has no such level"}
+    train = data.rows(kind, "train")
     if len(train.sizes) < LEAST_ROWS:
         return {
             "reason": f"{len(train.sizes)} labelled functions to learn from, below {LEAST_ROWS}"
         }
-    model = SizeModel.fit(train, replace(SHIPPED_SIZE, kind=kind), training_data=seen)
-    judged: dict[str, Any] = {"train_rows": len(train.sizes)}
-    for of in ("test", "ood"):
-        held = rows(of)
-        if len(held.sizes) > 1:
-            judged[of] = metrics(model.predict(held.features).size, held.sizes)
+    settings = replace(SHIPPED_SIZE, kind=kind)
+    model = SizeModel.fit(train, settings, training_data=data.digest)
+    judged = {"train_rows": len(train.sizes), **judge(model, data)}
     path.parent.mkdir(exist_ok=True)
     replace(model, metrics=judged).save(path)
     return judged
+
+
+def judge(model: SizeModel, data: SizeData) -> dict[str, dict[str, float]]:
+    """Metrics by held-out set, of those that have two functions or more with a size of the model's kind."""
+    found = {}
+    for split in HELD_OUT:
+        held = data.rows(model.settings.kind, split)
+        if len(held.sizes) > 1:
+            answer = model.predict(held.features)
+            inside = (held.sizes >= answer.low) & (held.sizes <= answer.high)
+            found[split] = {
+                **metrics(answer.size, held.sizes),
+                "inside_interval": float(inside.mean()),
+                "unsure_share": float(answer.unsure.mean()),
+            }
+    return found

@@ -2,7 +2,7 @@
 
     python -m ir_dataset.cost_models.train own_kernels
     python -m ir_dataset.cost_models.train cpu
-    python -m ir_dataset.cost_models.train size_oz --size-data size.npz
+    python -m ir_dataset.cost_models.train size_oz --dataset DIRECTORY
 
 A model is written to `ir_dataset/cost_models/models/`, or to `--out`.
 """
@@ -34,18 +34,18 @@ def cpu_model() -> RankingModel:
     return RankingModel.fit(data.groups, CPU, training_data=data.digest)
 
 
-def size_model(kind: str, data: Path) -> size.SizeModel:
-    """Of one level, from functions that `size_data.save` wrote."""
-    known = size_data.load(data)
+def size_model(kind: str, dataset: Path) -> size.SizeModel:
+    """Of one level, from all functions of a dataset that `rewriter ir run` wrote."""
+    data = size_data.read(dataset)
     settings = replace(SHIPPED_SIZE, kind=kind)
-    return size.SizeModel.fit(known.rows(kind), settings, training_data=known.digest)
+    return size.SizeModel.fit(data.rows(kind), settings, training_data=data.digest)
 
 
 TRAINED: dict[str, Callable[[Path], RankingModel | size.SizeModel]] = {
     "own_kernels": lambda _: own_kernel_model(),
     "cpu": lambda _: cpu_model(),
-    "size_oz": lambda data: size_model("Oz", data),
-    "size_o2": lambda data: size_model("O2", data),
+    "size_oz": lambda place: size_model("Oz", place),
+    "size_o2": lambda place: size_model("O2", place),
 }
 """By the name under which `stored.shipped` finds it."""
 
@@ -54,11 +54,11 @@ def main() -> None:
     """Learn one and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(TRAINED))
-    parser.add_argument("--size-data", type=Path, default=Path("size.npz"))
+    parser.add_argument("--dataset", type=Path, default=Path("ir-dataset"))
     parser.add_argument("--out", type=Path, default=_MODELS)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    TRAINED[chosen.name](chosen.size_data).save(chosen.out / f"{chosen.name}.json.gz")
+    TRAINED[chosen.name](chosen.dataset).save(chosen.out / f"{chosen.name}.json.gz")
 
 
 if __name__ == "__main__":

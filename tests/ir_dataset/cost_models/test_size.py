@@ -42,6 +42,25 @@ def test_learns_the_rule_and_its_noise() -> None:
     assert 0.65 < inside.mean() < 0.95 and np.all(answer.low <= answer.high)
 
 
+def test_interval_holds_for_projects_that_differ() -> None:
+    """Each project has a factor, and a feature that gives it away where the project was seen."""
+    random = np.random.default_rng(3)
+    owner = np.arange(len(ROWS.sizes)) % 40
+    factor, sign = random.lognormal(0, 0.5, 40), random.random(40)
+    features = np.hstack([ROWS.features, sign[owner, None].astype(np.float32)])
+    told = evaluate(
+        SizeRows(
+            features,
+            (*ROWS.names, "sign"),
+            ROWS.sizes * factor[owner],
+            np.array([f"p{i}" for i in owner]),
+        ),
+        SETTINGS,
+        folds=3,
+    )
+    assert told["inside_interval"] > 0.68
+
+
 def test_unsure_outside_of_what_was_seen() -> None:
     far = ROWS.features[:2].copy()
     far[1, 0] = 1e6
