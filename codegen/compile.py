@@ -19,7 +19,14 @@ from typing import Any
 
 from rewriter.errors import ConfigError, RewriterError
 
-__all__ = ["TARGETS", "Compiled", "KernelCompileError", "Target", "compile_texts"]
+__all__ = [
+    "TARGETS",
+    "Compiled",
+    "KernelCompileError",
+    "Target",
+    "compile_each",
+    "compile_texts",
+]
 
 
 class KernelCompileError(RewriterError):
@@ -86,23 +93,43 @@ def compile_texts(texts: Mapping[str, str], target: str) -> dict[str, Compiled]:
         ConfigError: an unknown target, or no Triton.
         KernelCompileError: a text did not compile.
     """
-    kind = Target.parse(target)
+    found: dict[str, Compiled] = {}
+    for name, result in compile_each(texts, target).items():
+        if isinstance(result, KernelCompileError):
+            raise result
+        found[name] = result
+    return found
+
+
+def compile_each(texts: Mapping[str, str], target: str) -> dict[str, Compiled | KernelCompileError]:
+    """`compile_texts`, with the error in the place of what did not compile.
+
+    Raises:
+        ConfigError: an unknown target, or no Triton.
+        KernelCompileError: the compiler's process died.
+    """
+    Target.parse(target)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name, text in texts.items():
             (place / f"{name}.py").write_text(text, encoding="utf-8")
         _run_worker(place, target)
         facts = json.loads((place / "facts.json").read_text())
-        return {
-            name: Compiled(
-                (place / f"{name}.{kind.binary}").read_bytes(),
-                (place / f"{name}.{kind.assembly}").read_text(),
-                (place / f"{name}.llir").read_text(),
-                (place / f"{name}.ttgir").read_text(),
-                facts[name],
-            )
-            for name in texts
-        }
+        return {name: _result(place / name, target, facts[name]) for name in texts}
+
+
+def _result(path: Path, target: str, facts: dict[str, Any]) -> Compiled | KernelCompileError:
+    """What the worker left of one text."""
+    if "error" in facts:
+        return KernelCompileError(f"Triton for {target}:\n{facts['error']}")
+    kind = Target.parse(target)
+
+    binary = path.with_name(f"{path.name}.{kind.binary}").read_bytes()
+    assembly, llir, ttgir = (
+        path.with_name(f"{path.name}.{ending}").read_text()
+        for ending in (kind.assembly, "llir", "ttgir")
+    )
+    return Compiled(binary, assembly, llir, ttgir, facts)
 
 
 def _run_worker(place: Path, target: str) -> None:
@@ -126,13 +153,18 @@ _NO_TRITON = 7
 
 def _work(place: Path, target: Target) -> None:
     """In the worker: compile each text in the folder, leaving binaries, assembly and facts there."""
-    facts = {}
+    facts: dict[str, dict[str, Any]] = {}
     for path in sorted(place.glob("*.py")):
         try:
             facts[path.stem] = _compile(path, target)
-        except Exception as error:
-            raise KernelCompileError(f"{path.stem}: {error}") from error
+        except Exception as error:  # the compiler raises many kinds
+            facts[path.stem] = {"error": _told(path.stem, error)}
     (place / "facts.json").write_text(json.dumps(facts))
+
+
+def _told(name: str, error: Exception) -> str:
+    lines = "\n".join(str(error).strip().splitlines()[-12:])
+    return f"{name}: {type(error).__name__}: {lines}"
 
 
 def _compile(path: Path, target: Target) -> dict[str, Any]:
@@ -204,7 +236,4 @@ if __name__ == "__main__":
         import triton as _triton  # noqa: F401
     except ImportError:
         sys.exit(_NO_TRITON)
-    try:
-        _work(Path(sys.argv[1]), TARGETS[sys.argv[2]])
-    except KernelCompileError as _error:
-        sys.exit(str(_error))
+    _work(Path(sys.argv[1]), TARGETS[sys.argv[2]])

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from codegen.compile import Compiled, KernelCompileError, Target, compile_texts
+from codegen.compile import Compiled, KernelCompileError, Target, compile_each
 from ir_dataset.cost_models.triton_code import features, for_launch
 from ir_dataset.cost_models.triton_families import FAMILIES, Family, Recorded, Shape, recorded
 from ir_dataset.executor import Outcome, Work, make_executor
@@ -121,17 +121,12 @@ def compile_batch(store: Store, payload: bytes) -> str:
 
 
 def _compiled(store: Store, texts: dict[str, str], target: str) -> dict[str, dict[str, Any]]:
-    """What each text gave, or `reason`; by halves where one of several does not compile."""
+    """What each text gave, or `reason`."""
     begun = time.perf_counter()
-    try:
-        compiled = compile_texts(texts, target)
-    except KernelCompileError as error:
-        if len(texts) == 1:
-            return {key: {"reason": str(error)[-1500:]} for key in texts}
-        keys, middle = list(texts), len(texts) // 2
-        parts = ({k: texts[k] for k in part} for part in (keys[:middle], keys[middle:]))
-        return {key: told for part in parts for key, told in _compiled(store, part, target).items()}
-    found = {key: _stored(store, one) for key, one in compiled.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for key, one in compile_each(texts, target).items():
+        failed = isinstance(one, KernelCompileError)
+        found[key] = {"reason": str(one)[-1500:]} if failed else _stored(store, one)
     taken = (time.perf_counter() - begun) / len(texts)
     return {key: {**told, "seconds": taken} for key, told in found.items()}
 
