@@ -8,6 +8,7 @@ Source: https://opensource.org/licenses
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 __all__ = ["recognise"]
@@ -84,6 +85,14 @@ _TEXTS: dict[str, str] = {
         f" {_NUMBER}this notice may not be removed or altered from any source distribution"
     ),
 }
+_APACHE_TERMS = "30e4fead14bea27559ab87df4b7e795f30238bd249aae20bc792ba6615939d57"
+"""sha256 of the words of the Apache licence's terms, which are too many to stand here."""
+_APACHE = re.compile(
+    r"(?:\w+ ){0,40}?apache license version 2 0 january 2004 (?:https? www apache org licenses )?"
+    r"(?P<terms>terms and conditions for use .*?) end of terms and conditions"
+    r"(?: appendix how to apply the apache license to your work .* and limitations under the license)?"
+)
+
 _PATTERNS = {name: re.compile(text) for name, text in _TEXTS.items()}
 
 
@@ -91,9 +100,16 @@ def recognise(text: str) -> str:
     """The SPDX name of the licence that the text is, or an empty string."""
     joined = re.sub(r"(?<=[A-Za-z])-\s*\n\s*(?=[a-zA-Z])", "", text)  # words parted at a line's end
     words = re.sub(r"[^a-z0-9]+", " ", joined.lower()).strip()
+    apache = _APACHE.fullmatch(words)
+    if apache:
+        return "Apache-2.0" if _sha256(f"{apache['terms']} ") == _APACHE_TERMS else ""
     for name, pattern in _PATTERNS.items():
         found = pattern.search(words)
         if found and found.end() == len(words):
             before = words[: found.start()].count(" ")
             return name if before <= _MAX_WORDS_BEFORE else ""
     return ""
+
+
+def _sha256(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()

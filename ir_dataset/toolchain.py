@@ -47,7 +47,7 @@ _KNOWN: dict[str, _Known] = {
     "rustc": _Known("writer", "Rust", _RUSTUP, False),
     "cargo": _Known("tool", "builds Rust", _RUSTUP, False),
     "flang": _Known("writer", "Fortran", f"apt-get install flang-{LLVM_MAJOR}"),
-    "swiftc": _Known("writer", "Swift", "https://swift.org/install", False),
+    "swift": _Known("writer", "Swift", "https://swift.org/install", False),
     "julia": _Known("writer", "Julia", "https://julialang.org/downloads", False),
     "spack": _Known("tool", "builds Spack packages", "https://spack.io", False),
     "opt": _Known("reader", "verifies, measures, optimises", _APT),
@@ -242,7 +242,7 @@ def _major(version: str) -> int | None:
 def _llvm_version(name: str, path: str) -> str:
     if name == "llvmlite":
         return _llvmlite_version()
-    if name in ("cargo", "spack", "julia", "swiftc"):
+    if name in ("cargo", "spack", "julia", "swift"):
         return ""  # cargo is no compiler; the others' LLVMs do not show in what they print
     arguments = {"rustc": ["-vV"], "zig": ["cc", "--version"]}.get(name, ["--version"])
     try:

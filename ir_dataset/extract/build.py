@@ -13,13 +13,13 @@ from ir_dataset.extract.collect import collect, files_below
 from ir_dataset.extract.embed import unpack_embedded
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.extract.sandbox import Finished, Sandbox
-from ir_dataset.records import BuildFailure, BuildResult, Fetched
+from ir_dataset.records import BuildFailure, BuildResult, Fetched, TranslationUnit
 from ir_dataset.sources.source import BuildLimits
 from ir_dataset.store import Store
 from ir_dataset.toolchain import CCompiler
 from rewriter.errors import SourceError
 
-__all__ = ["HookedBuild", "why"]
+__all__ = ["HookedBuild", "result_of", "why"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,35 @@ class HookedBuild:
             build_system=build_system,
             before=before,
         )
-        complete = finished.status == 0 and not finished.limit
-        if not units and not complete:
-            raise SourceError(f"{fetched.package.name}: {why(finished)}: {finished.tail[-1500:]}")
-        if not complete:
-            stopped = BuildFailure(kind=finished.limit or "build", reason=why(finished))
-            failures = (stopped, *failures)
-        return BuildResult(
-            package=fetched.package,
-            units=units,
-            failures=failures,
-            license=fetched.license,
-            complete=complete,
-            log=store.put(finished.tail.encode()),
-        )
+        return result_of(fetched, store, finished, units, failures)
+
+
+def result_of(
+    fetched: Fetched,
+    store: Store,
+    finished: Finished,
+    units: Sequence[TranslationUnit],
+    failures: Sequence[BuildFailure] = (),
+) -> BuildResult:
+    """What a build that ended this way left; units and failures are sorted.
+
+    Raises:
+        SourceError: it failed before there was any bitcode.
+    """
+    complete = finished.status == 0 and not finished.limit
+    if not units and not complete:
+        raise SourceError(f"{fetched.package.name}: {why(finished)}: {finished.tail[-1500:]}")
+    if not complete:
+        stopped = BuildFailure(kind=finished.limit or "build", reason=why(finished))
+        failures = (stopped, *failures)
+    return BuildResult(
+        package=fetched.package,
+        units=tuple(sorted(units, key=lambda one: (one.source_path, one.module, one.arguments))),
+        failures=tuple(failures),
+        license=fetched.license,
+        complete=complete,
+        log=store.put(finished.tail.encode()),
+    )
 
 
 def why(finished: Finished) -> str:

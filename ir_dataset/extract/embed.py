@@ -17,11 +17,12 @@ _ELF = b"\x7fELF\x02\x01"  # 64 bits, little-endian
 _RELOCATABLE = 1
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
-_WANTED = (".llvmbc", ".llvmcmd")
+_WANTED = (".llvmbc", ".llvmcmd", "__LLVM,__bitcode", "__LLVM,__swift_cmdline")
+"""clang's, and swiftc's, which keeps Darwin's names."""
 
 
 def read_sections(data: bytes) -> dict[str, bytes]:
-    """The two sections of a relocatable 64-bit ELF object; empty where it is none, or lacks them."""
+    """Those sections of a relocatable 64-bit ELF object; empty where it is none, or lacks them."""
     if not data.startswith(_ELF) or len(data) < _HEADER.size:
         return {}
     header = _HEADER.unpack_from(data)

@@ -18,6 +18,7 @@ SOURCES: dict[str, str] = {
     "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "own-kernels": "ir_dataset.sources.own_kernels:OwnKernels",
     "pypi-sdist": "ir_dataset.sources.pypi_sdist:PypiSdist",
+    "swift": "ir_dataset.sources.swift:Swift",
     "zig-std": "ir_dataset.sources.zig_std:ZigStd",
 }
 """By the `kind` of a `[[source]]` table: module and class, imported when asked for."""

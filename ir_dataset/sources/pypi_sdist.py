@@ -25,6 +25,7 @@ import msgspec
 from ir_dataset.extract.batch import sandbox_of
 from ir_dataset.extract.build import HookedBuild
 from ir_dataset.records import BuildResult, Fetched, License, Package, StoredFile
+from ir_dataset.sources.archive import unpack_source
 from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
@@ -129,7 +130,7 @@ class PypiSdist:
         packed.mkdir()
         for file in (archive, *wheels):
             shutil.copyfile(store.path(file.sha256), packed / file.name)
-        _unpack(packed / archive.name, workspace)
+        unpack_source(packed / archive.name, workspace)
         command = [*_PIP, "wheel", "--no-deps", "--no-index", "--no-cache-dir", "--find-links"]
         command += ["../packed", "--wheel-dir", "../tmp", "-v", "."]
         environment = {**_QUIET, "MAX_JOBS": str(limits.jobs)}
@@ -228,21 +229,3 @@ def _expression(metadata: Message) -> str:
     if not classifiers or not all(line in _CLASSIFIERS for line in classifiers):
         return ""
     return " AND ".join(sorted({_CLASSIFIERS[line] for line in classifiers}))
-
-
-def _unpack(archive: Path, workspace: Path) -> None:
-    """The archive's one directory becomes `src`; entries that point out of it are refused."""
-    into = workspace / "unpacked"
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as packed:
-                packed.extractall(into)
-        else:
-            with tarfile.open(archive) as packed:
-                packed.extractall(into, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{archive.name} cannot be unpacked: {error}") from error
-    folders = [path for path in into.iterdir() if path.is_dir()]
-    if len(folders) != 1:
-        raise SourceError(f"{archive.name} has {len(folders)} directories at its top, not one")
-    folders[0].rename(workspace / "src")

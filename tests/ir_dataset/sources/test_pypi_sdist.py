@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from ir_dataset.sources import pypi_sdist
+from ir_dataset.sources import archive, pypi_sdist
 from ir_dataset.sources.pypi_sdist import PypiSdist
 from ir_dataset.store import Store
 from rewriter.errors import ConfigError, SourceError
@@ -80,12 +80,12 @@ def test_setuptools_builds_what_says_nothing():
 
 
 def test_archives_are_unpacked_in_place_and_not_beside_it(tmp_path):
-    pypi_sdist._unpack(_sdist(tmp_path / "p-1.tar.gz"), tmp_path)
+    archive.unpack_source(_sdist(tmp_path / "p-1.tar.gz"), tmp_path)
     assert (tmp_path / "src/p.c").read_bytes() == b"int f;\n"
     (tmp_path / "other").mkdir()
     evil = _sdist(tmp_path / "evil.tar.gz", {"p-1/../../evil": b""})
     with pytest.raises(SourceError, match="cannot be unpacked"):
-        pypi_sdist._unpack(evil, tmp_path / "other")
+        archive.unpack_source(evil, tmp_path / "other")
     assert not (tmp_path / "evil").exists()
 
 
