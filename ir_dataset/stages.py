@@ -246,7 +246,7 @@ STAGES: dict[str, Stage] = {
     "fetch": Stage("1", _fetch, FetchInput, Fetched, 1200),
     "build": Stage("1", _build, BuildInput, BuildResult, DAY),
     "verify": Stage("1", _verify, ModuleInput, ModuleSummary, 300),
-    "license": Stage("1", _license, LicenseInput, UnitLicenses, 600),
+    "license": Stage("2", _license, LicenseInput, UnitLicenses, 600),
     "featurise": Stage("1", _featurise, ModuleInput, ModuleFeatures, 300),
     "vocabulary": Stage("1", _vocabulary, VocabularyInput, Vocabularies, 3600),
     "encode": Stage("1", _encode, EncodeInput, Encoding, 300),

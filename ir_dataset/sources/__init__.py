@@ -15,6 +15,7 @@ SOURCES: dict[str, str] = {
     "debian": "ir_dataset.sources.debian:Debian",
     "debian-crates": "ir_dataset.sources.debian_crates:DebianCrates",
     "fortran": "ir_dataset.sources.fortran:Fortran",
+    "julia": "ir_dataset.sources.julia:Julia",
     "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "own-kernels": "ir_dataset.sources.own_kernels:OwnKernels",
     "pypi-sdist": "ir_dataset.sources.pypi_sdist:PypiSdist",

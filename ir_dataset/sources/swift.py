@@ -195,9 +195,10 @@ def _options(options: Mapping[str, Any]) -> _Options:
 
 
 def _own_files(tree: Path) -> list[str]:
-    """Without what builds and version control keep there."""
+    """Without links, and what builds and version control keep there."""
     hidden = (".build/", ".git/", ".swiftpm/")
-    return sorted(name for name in files_below(tree) if not name.startswith(hidden))
+    names = sorted(name for name in files_below(tree) if not name.startswith(hidden))
+    return [name for name in names if not (tree / name).is_symlink()]
 
 
 def _toolchain(swift: Path) -> Path:
