@@ -34,7 +34,7 @@ from ir_dataset.cost_models.triton_families import FAMILIES, Family  # noqa: E40
 from ir_dataset.cost_models.triton_pack import Pack, compile_pack, planned  # noqa: E402
 from ir_dataset.cost_models.triton_ranker import fit  # noqa: E402
 from ir_dataset.progress import shown  # noqa: E402
-from rewriter.errors import RewriterError  # noqa: E402
+from rewriter.errors import ConfigError, RewriterError  # noqa: E402
 
 RESULT = RESULTS / "triton-configs.json"
 UNFINISHED = 3
@@ -76,8 +76,10 @@ def _measure(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.pack is None:
         console.print("DIR is needed: what `compile` wrote", style="red", markup=False)
         return 2
-    pack = Pack(arguments.pack, triton_points.target_of(arguments.pack))
-    triton_measure.refuse_without_gpu(pack)
+    device, compiled = triton_measure.device_target(), triton_points.target_of(arguments.pack)
+    if device != compiled:
+        raise ConfigError("DIR", compiled, f"a pack for {device}, the device that is here")
+    pack = Pack(arguments.pack, compiled)
     families = _chosen(arguments)
     done = triton_measure.measure(
         pack,

@@ -28,10 +28,10 @@ __all__ = [
     "LINES",
     "MAX_ERROR",
     "clocks",
+    "device_target",
     "dry_run",
     "measure",
     "measured_lines",
-    "refuse_without_gpu",
 ]
 
 LINES = "measured.jsonl"
@@ -175,10 +175,9 @@ def _seconds(call: Callable[[], None], flush: torch.Tensor, runs: int) -> list[f
     return [start.elapsed_time(stop) * 1e-3 for start, stop in events[1:]]
 
 
-def refuse_without_gpu(pack: Pack) -> None:
-    """Raises RewriterError where this machine's GPU is none, or not the pack's kind."""
+def device_target() -> str:
+    """What this machine's GPU runs, by the names of targets. Raises RewriterError where there is none."""
     if not torch.cuda.is_available():
         raise RewriterError("no CUDA device; --dry-run checks some configurations without one")
     major, minor = torch.cuda.get_device_capability()
-    if pack.target != f"cuda:sm_{major}{minor}":
-        raise RewriterError(f"the pack is for {pack.target}, the device is cuda:sm_{major}{minor}")
+    return f"cuda:sm_{major}{minor}"

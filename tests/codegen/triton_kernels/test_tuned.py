@@ -58,7 +58,7 @@ class Fixed:
 
 
 def attended(operator: str) -> tuple[Tensor, Tensor, Tensor, KernelDescription]:
-    q, k, v = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
+    q, k, v = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     return q, k, v, KernelDescription(operator=operator, **ATTENTION)
 
 
@@ -77,7 +77,7 @@ def prefilled() -> tuple[Tensor, Tensor]:
 def summed() -> tuple[Tensor, Tensor]:
     q, k, _, d = attended("column_sums")
     d = replace(d, form="sum")
-    hidden = torch.ones(3, 70).triu(68).bool()
+    hidden = torch.ones(3, 40).triu(38).bool()
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(hidden, -torch.inf)
     wanted = scores.softmax(-1).sum(2).unflatten(1, (2, 2)).sum(2)
     return column_sums(d, q, k, scores.logsumexp(-1), softmax_scale=0.25), wanted
@@ -205,7 +205,7 @@ def test_tiles_of_a_block_mask_are_not_tuned() -> None:
     plain = PREFILL_ATTENTION.config_for(d)
     tiles = {(c.block_m, c.block_n) for c in PREFILL_ATTENTION.candidates(d)}
     assert tiles == {(plain.block_m, plain.block_n)}
-    mask = torch.ones(1, -(-70 // plain.block_n), dtype=torch.bool)
+    mask = torch.ones(1, -(-40 // plain.block_n), dtype=torch.bool)
     other = PrefillConfig(plain.block_m * 2, plain.block_n)
     with pytest.raises(InputError, match="config: tiles of"):
         prefill_attention(d, q, k, v, softmax_scale=0.25, block_mask=mask, config=other)
