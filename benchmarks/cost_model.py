@@ -2,6 +2,7 @@
 
     python benchmarks/cost_model.py                            # CPU configurations, from the package's data
     python benchmarks/cost_model.py --only size level2 --dataset DIR   # code size, over a packed dataset
+    python benchmarks/cost_model.py --only transfer --dataset DIR      # does the corpus help run times?
 
 Nothing is timed here: configurations are judged by the half of the measured passes that nothing was
 chosen by. Results go to benchmarks/results/cost-model-<section>.json.
@@ -23,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ir_dataset.cost_models import cpu_data, size, size_data
+from ir_dataset.cost_models import cpu_data, cpu_ir, size, size_data
+from ir_dataset.cost_models.cpu_families import Configuration, body_name
 from ir_dataset.cost_models.cpu_features import CODE, PER_ELEMENT
 from ir_dataset.cost_models.evaluate import (
     Judged,
@@ -49,6 +51,7 @@ def main() -> int:
         "cpu": _cpu,
         "size": _size,
         "level2": _level2,
+        "transfer": _transfer,
     }
     console = Console(width=arguments.width)
     for name in arguments.only or ["cpu"]:
@@ -97,6 +100,39 @@ def _held_out(data: Any, groups: Groups, kind: str, count: int, seed: int) -> di
         found = judge_model(groups, data.last, held, data.default, CPU, seed, prepare=prepare)
         judged += [j for j, _ in found]
     return summary(judged)
+
+
+def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Level 1 alone, with the IR's own features, and with a network's embedding of it from a corpus."""
+    data, bodies = cpu_data.load(), cpu_ir.load()
+    knobs = data.groups.features[:, [data.groups.names.index(k) for k in cpu_data.KNOBS]]
+    keys = [
+        (data.family_names[family], body_name(Configuration(*map(int, row))))
+        for family, row in zip(data.families, knobs, strict=True)
+    ]
+    ir = np.stack([bodies[key] for key in keys])
+    corpus = size_data.read(arguments.dataset)
+    rows: dict[str, Any] = {}
+    for kind, count in (("family", 7), ("shape", 5)):
+        found: dict[str, list[dict[str, float]]] = {}
+        for seed in range(arguments.seeds):
+            learned = Network.fit(corpus.features, list(corpus.sizes.values()), seed=seed).embed(ir)
+            variants = {
+                "level 1": data.groups,
+                "level 1 and IR features": _with(data.groups, ir, "ir"),
+                "level 1 and the corpus's embedding": _with(data.groups, learned, "level2"),
+            }
+            for name, groups in variants.items():
+                told = _held_out(data, groups, kind, count, seed)
+                found.setdefault(f"{name}, held-out {kind}", []).append(told)
+        rows |= {name: _over_seeds(each) for name, each in found.items()}
+    return rows
+
+
+def _with(groups: Groups, values: np.ndarray, prefix: str) -> Groups:
+    kept = np.flatnonzero(values.std(0) > 0)
+    names = (*groups.names, *(f"{prefix}_{at}" for at in kept))
+    return replace(groups, features=np.hstack([groups.features, values[:, kept]]), names=names)
 
 
 def _fixed(data: Any) -> dict[str, np.ndarray]:
@@ -193,9 +229,13 @@ def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def _table(name: str, rows: dict[str, Any]) -> Table:
-    shown = SHOWN if name == "cpu" else ("mape", "median_ape", "tau", "r2_log", "inside_interval")
+    shown = (
+        SHOWN
+        if name in ("cpu", "transfer")
+        else ("mape", "median_ape", "tau", "r2_log", "inside_interval")
+    )
     table = Table(title=f"cost models: {name}; ± is 95 % over the seeds")
-    table.add_column("selector" if name == "cpu" else "model")
+    table.add_column("selector" if shown is SHOWN else "model")
     for column in shown:
         table.add_column(column, justify="right")
     for row, values in rows.items():
@@ -209,7 +249,7 @@ def _table(name: str, rows: dict[str, Any]) -> Table:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=("cpu", "size", "level2"))
+    parser.add_argument("--only", nargs="*", choices=("cpu", "size", "level2", "transfer"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--dataset", type=Path, default=Path("ir-dataset"))
     parser.add_argument("--width", type=int, default=150)

@@ -81,6 +81,8 @@ class Settings:
         members: of the ensemble. trees, leaves, rate: of each.
         ranker_weight: of LambdaRank in the blend, 0 to 1.
         kernel_features: names that are the same for all rows of a group.
+        kind_features: of these, the ones that tell kinds of kernel apart; a kind that was not learned is
+            "unsure" however near it lies.
         distance: of an unknown group to the nearest known one, in multiples of the 90th percentile
             among those that were learned from, above which the answer is "unsure".
         spread: standard deviations of the ensemble by which the best has to beat the default.
@@ -92,6 +94,7 @@ class Settings:
     rate: float = 0.06
     ranker_weight: float = 0.3
     kernel_features: tuple[str, ...] = ()
+    kind_features: tuple[str, ...] = ()
     distance: float = 1.5
     spread: float = 1.0
 
@@ -151,6 +154,9 @@ class RankingModel:
         unknown = set(settings.kernel_features) - set(data.names)
         if unknown:
             raise ConfigError("kernel_features", sorted(unknown), f"of {', '.join(data.names)}")
+        unknown = set(settings.kind_features) - set(settings.kernel_features)
+        if unknown:
+            raise ConfigError("kind_features", sorted(unknown), "of kernel_features")
         random = np.random.default_rng(seed)
         members = []
         for member in range(settings.members):
@@ -207,6 +213,10 @@ class RankingModel:
         if not columns:
             return ""
         point = (features[0, columns] - self.scale[0]) / self.scale[1]
+        named = self.settings.kernel_features
+        kind = [named.index(name) for name in self.settings.kind_features]
+        if kind and not np.isclose(self.known[:, kind], point[kind], atol=1e-4).all(1).any():
+            return "out of distribution: no kernel of this kind was measured"
         distance = float(np.sqrt(((self.known - point) ** 2).sum(1)).min())
         if distance <= self.limit:
             return ""
@@ -242,7 +252,8 @@ class RankingModel:
         """Read what `save` wrote. Raises ArtifactError; see `stored.load`."""
         told = stored.load(path, "ranking")
         settings = told.parameters["settings"]
-        settings["kernel_features"] = tuple(settings["kernel_features"])
+        for name in ("kernel_features", "kind_features"):
+            settings[name] = tuple(settings.get(name, ()))
         return RankingModel(
             told.features,
             Settings(**settings),

@@ -55,6 +55,20 @@ def test_ranks_a_size_between_known_ones() -> None:
         assert np.all(ranking.low <= ranking.high)
 
 
+def test_says_unsure_of_a_kind_that_lies_between_known_ones() -> None:
+    kinds = replace(DATA, features=np.hstack([DATA.features, DATA.groups[:, None] % 2 * 2.0]))
+    kinds = replace(kinds, names=(*NAMES, "kind"))
+    settings = replace(SETTINGS, kernel_features=("size", "kind"), kind_features=("kind",))
+    model = RankingModel.fit(kinds, settings, seed=1)
+    rows = kinds.features[:8].copy()
+    assert not model.rank(rows).far
+    rows[:, 3] = 1.0
+    answer = model.rank(rows)
+    assert answer.far and "no kernel of this kind" in answer.unsure
+    with pytest.raises(ConfigError, match="kind_features"):
+        RankingModel.fit(DATA, replace(SETTINGS, kind_features=("tile",)), seed=1)
+
+
 def test_says_unsure_far_from_what_is_known() -> None:
     far = groups([40.0])
     assert "out of distribution" in MODEL.rank(far.features, default=DEFAULT).unsure
