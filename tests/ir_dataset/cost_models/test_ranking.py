@@ -56,8 +56,8 @@ def test_ranks_a_size_between_known_ones() -> None:
 
 
 def test_says_unsure_of_a_kind_that_lies_between_known_ones() -> None:
-    kinds = replace(DATA, features=np.hstack([DATA.features, DATA.groups[:, None] % 2 * 2.0]))
-    kinds = replace(kinds, names=(*NAMES, "kind"))
+    features = np.hstack([DATA.features, DATA.groups[:, None] % 2 * 2.0])
+    kinds = Groups(features, (*NAMES, "kind"), DATA.groups, DATA.seconds)
     settings = replace(SETTINGS, kernel_features=("size", "kind"), kind_features=("kind",))
     model = RankingModel.fit(kinds, settings, seed=1)
     rows = kinds.features[:8].copy()
