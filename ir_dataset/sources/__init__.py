@@ -19,6 +19,7 @@ SOURCES: dict[str, str] = {
     "local-tree": "ir_dataset.sources.local_tree:LocalTree",
     "own-kernels": "ir_dataset.sources.own_kernels:OwnKernels",
     "pypi-sdist": "ir_dataset.sources.pypi_sdist:PypiSdist",
+    "spack": "ir_dataset.sources.spack:Spack",
     "swift": "ir_dataset.sources.swift:Swift",
     "zig-std": "ir_dataset.sources.zig_std:ZigStd",
 }
