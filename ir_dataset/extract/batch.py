@@ -11,7 +11,7 @@ from pathlib import Path
 from ir_dataset.extract import compile_all
 from ir_dataset.extract.sandbox import Finished, Sandbox
 from ir_dataset.records import BuildFailure, BuildResult, Fetched, TranslationUnit
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, build_result
 from ir_dataset.store import Store
 from rewriter.errors import SourceError
 
@@ -97,16 +97,9 @@ class Batch:
         if finished.limit:
             reason = f"stopped after {limits.wall_s:g} s" if finished.limit == "timeout" else "disk"
             failures.append(BuildFailure(kind=finished.limit, reason=reason))
-        return BuildResult(
-            package=fetched.package,
-            units=tuple(
-                sorted(units, key=lambda one: (one.source_path, one.module, one.arguments))
-            ),
-            failures=tuple(sorted(failures, key=lambda one: (one.source_path, one.reason))),
-            license=fetched.license,
-            complete=not finished.limit and finished.status == 0,
-            log=store.put(finished.tail.encode()),
-        )
+        complete = not finished.limit and finished.status == 0
+        log = store.put(finished.tail.encode())
+        return build_result(fetched, units, failures, complete=complete, log=log)
 
     def _start(self, sandbox: Sandbox, limits: BuildLimits) -> Finished:
         (sandbox.workspace / "drop").mkdir(exist_ok=True)

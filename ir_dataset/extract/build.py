@@ -14,7 +14,7 @@ from ir_dataset.extract.embed import unpack_embedded
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.extract.sandbox import Finished, Sandbox
 from ir_dataset.records import BuildFailure, BuildResult, Fetched, TranslationUnit
-from ir_dataset.sources.source import BuildLimits
+from ir_dataset.sources.source import BuildLimits, build_result
 from ir_dataset.store import Store
 from ir_dataset.toolchain import CCompiler
 from rewriter.errors import SourceError
@@ -102,14 +102,8 @@ def result_of(
     if not complete:
         stopped = BuildFailure(kind=finished.limit or "build", reason=why(finished))
         failures = (stopped, *failures)
-    return BuildResult(
-        package=fetched.package,
-        units=tuple(sorted(units, key=lambda one: (one.source_path, one.module, one.arguments))),
-        failures=tuple(failures),
-        license=fetched.license,
-        complete=complete,
-        log=store.put(finished.tail.encode()),
-    )
+    log = store.put(finished.tail.encode())
+    return build_result(fetched, units, failures, complete=complete, log=log)
 
 
 def why(finished: Finished) -> str:

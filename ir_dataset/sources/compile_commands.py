@@ -22,7 +22,7 @@ from ir_dataset.extract.collect import collect, files_below
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.records import BuildFailure, BuildResult, Fetched, Package, digest
 from ir_dataset.sources.local_tree import own_license, sha256_of
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -145,13 +145,7 @@ class CompileCommands:
             told = (*failures, *faults)
             why = told[0].reason if told else f"no entry of a source below {root}"
             raise SourceError(f"{fetched.package.name}: no unit: {why}")
-        return BuildResult(
-            package=fetched.package,
-            units=units,
-            failures=(*failures, *faults),
-            license=fetched.license,
-            complete=True,
-        )
+        return build_result(fetched, units, (*failures, *faults))
 
 
 def _options(options: Mapping[str, Any]) -> _Options:

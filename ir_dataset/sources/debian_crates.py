@@ -31,7 +31,7 @@ from ir_dataset.records import (
     TranslationUnit,
 )
 from ir_dataset.sources.apt import Apt
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -202,22 +202,14 @@ class DebianCrates:
         commands = _commands(workspace / "output.log")
         version = toolchain.llvm_version("rustc")
         release = _release(sysroot)
-        units = sorted(
-            _units(fetched.package, workspace, commands, store, release, version),
-            key=lambda one: (one.source_path, one.module, one.arguments),
-        )
+        units = list(_units(fetched.package, workspace, commands, store, release, version))
         if not units:
             raise SourceError(f"{fetched.package.name}: {why(finished)}: {finished.tail[-1500:]}")
         complete = finished.status == 0 and not finished.limit
         stopped = BuildFailure(kind=finished.limit or "build", reason=why(finished))
-        return BuildResult(
-            package=fetched.package,
-            units=tuple(units),
-            failures=() if complete else (stopped,),
-            license=fetched.license,
-            complete=complete,
-            log=store.put(_TIME.sub("", finished.tail).encode()),
-        )
+        log = store.put(_TIME.sub("", finished.tail).encode())
+        failures = () if complete else (stopped,)
+        return build_result(fetched, units, failures, complete=complete, log=log)
 
 
 def _options(options: Mapping[str, Any]) -> _Options:

@@ -28,7 +28,7 @@ from ir_dataset.records import (
     TranslationUnit,
     digest,
 )
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -126,15 +126,7 @@ class LocalTree:
             raise SourceError(
                 f"{fetched.package.name}: no unit ({told or 'no .c, .cpp, .ll or .bc file'})"
             )
-        return BuildResult(
-            package=fetched.package,
-            units=tuple(
-                sorted(units, key=lambda one: (one.source_path, one.module, one.arguments))
-            ),
-            failures=tuple(sorted(failures, key=lambda one: (one.source_path, one.reason))),
-            license=fetched.license,
-            complete=True,
-        )
+        return build_result(fetched, units, failures)
 
 
 def own_license(expression: str, files: Sequence[StoredFile]) -> License:

@@ -30,7 +30,7 @@ from ir_dataset.records import (
 )
 from ir_dataset.sources.inductor_texts import HEADERS, inductor_texts, why_no_inductor
 from ir_dataset.sources.kernel_texts import cpp_texts, triton_texts
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -241,13 +241,7 @@ def _build_triton(fetched: Fetched, store: Store) -> BuildResult:
                 )
     if not units:
         raise SourceError(f"rewriter-triton: nothing compiled: {failures[0].reason}")
-    return BuildResult(
-        package=fetched.package,
-        units=tuple(sorted(units, key=lambda one: (one.source_path, one.module, one.arguments))),
-        failures=tuple(sorted(failures, key=lambda one: (one.source_path, one.reason))),
-        license=fetched.license,
-        complete=True,
-    )
+    return build_result(fetched, units, failures)
 
 
 def _by_operator(files: Sequence[StoredFile]) -> list[list[StoredFile]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
-from ir_dataset.records import BuildResult, Fetched, Package
+from ir_dataset.records import BuildFailure, BuildResult, Fetched, Package, TranslationUnit
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError
 
-__all__ = ["BuildLimits", "Source", "convert_options"]
+__all__ = ["BuildLimits", "Source", "build_result", "convert_options"]
 
 Options = TypeVar("Options")
 
@@ -91,3 +91,22 @@ def convert_options(options: Mapping[str, Any], kind: type[Options], allowed: st
         return msgspec.convert(options, kind)
     except msgspec.ValidationError as error:
         raise ConfigError("source", dict(options), f"{allowed} ({error})") from error
+
+
+def build_result(
+    fetched: Fetched,
+    units: Iterable[TranslationUnit],
+    failures: Iterable[BuildFailure],
+    *,
+    complete: bool = True,
+    log: str = "",
+) -> BuildResult:
+    """What a build left, in an order that does not depend on which compiler ended first."""
+    return BuildResult(
+        package=fetched.package,
+        units=tuple(sorted(units, key=lambda one: (one.source_path, one.module, one.arguments))),
+        failures=tuple(sorted(failures, key=lambda one: (one.source_path, one.reason))),
+        license=fetched.license,
+        complete=complete,
+        log=log,
+    )
