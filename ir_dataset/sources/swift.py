@@ -166,15 +166,15 @@ class Swift:
 
 
 def package_license(expression: str, files: Sequence[StoredFile], store: Store) -> License:
-    """What the configuration says, else what the texts at the top of a package are known as."""
+    """What the configuration says, else the names of the texts at the top, where all of them are known."""
     found = own_license(expression, files)
-    if found.kind == "spdx" or not found.files:
+    texts = [file for file in found.files if not file.name.upper().startswith("NOTICE")]
+    if found.kind == "spdx" or not texts:
         return found
-    names = {recognise(store.get(file.sha256).decode("utf-8", "replace")) for file in found.files}
-    if names - {""}:
-        known = " AND ".join(sorted(names - {""}))
-        return msgspec.structs.replace(found, kind="spdx", expression=known)
-    return found
+    names = {recognise(store.get(file.sha256).decode("utf-8", "replace")) for file in texts}
+    if "" in names:
+        return found
+    return msgspec.structs.replace(found, kind="spdx", expression=" AND ".join(sorted(names)))
 
 
 def _options(options: Mapping[str, Any]) -> _Options:

@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("pyarrow", reason="pip install 'rewriter[ir]'")
 pytest.importorskip("matplotlib", reason="pip install 'rewriter[ir]'")
 
-from ir_dataset.card import write_card
+from typer.testing import CliRunner
+
 from ir_dataset.card_plots import OPCODE_GROUPS, draw_plots
+from ir_dataset.cli import app
 from ir_dataset.instruction_classes import CLASSES
 from rewriter.errors import ArtifactError
 
@@ -60,7 +62,8 @@ def _dataset(place, *, features=True):
 
 
 def test_every_picture_is_drawn_into_the_page(tmp_path):
-    write_card(_dataset(tmp_path))
+    done = CliRunner().invoke(app, ["stats", str(_dataset(tmp_path))])
+    assert done.exit_code == 0, done.output
     page = (tmp_path / "card.html").read_text()
     titles = re.findall(r'<img alt="([^"]+)"', page)
     assert len(titles) == 8
@@ -104,3 +107,8 @@ def test_damaged_tables_are_named(tmp_path, name):
     (place / name).write_bytes(b"no table")
     with pytest.raises(ArtifactError, match=r"table of (functions|modules)"):
         draw_plots(place, SUMMARY)
+
+
+def test_a_directory_that_is_no_dataset_is_told(tmp_path):
+    done = CliRunner().invoke(app, ["stats", str(tmp_path)])
+    assert done.exit_code == 2 and "summary.json" in done.stderr

@@ -5,7 +5,9 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="pip install 'rewriter[ir]'")
 
 import pyarrow.parquet as pq  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from ir_dataset.cli import app  # noqa: E402
 from ir_dataset.export_compile import COMPILE_COLUMNS, export_compile  # noqa: E402
 from ir_dataset.pack import ModuleRow, write_modules  # noqa: E402
 from ir_dataset.store import Store  # noqa: E402
@@ -70,6 +72,14 @@ def test_the_loader_that_compile_names_reads_it(tmp_path):
     )
     assert rows.column_names == list(COMPILE_COLUMNS)
     assert sorted(rows["content"]) == [b"bitcode 1", b"bitcode 2"]
+
+
+def test_the_command_counts_by_language(tmp_path):
+    arguments = ["export-compile", str(_dataset(tmp_path)), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and done.stdout == "c: 2 modules\nzig: 1 modules\n"
+    done = CliRunner().invoke(app, ["export-compile", str(tmp_path), "-o", str(tmp_path / "two")])
+    assert done.exit_code == 2 and "not a dataset" in done.stderr
 
 
 def test_again_it_replaces_itself_and_gives_the_same_bytes(tmp_path):

@@ -159,6 +159,10 @@ def test_known_licence_texts_are_named(tmp_path):
     for text in (more, other):
         assert swift.package_license("", stored(text), store).kind == "none"
     assert swift.package_license("", stored(b"All rights reserved"), store).kind == "none"
+    unknown = StoredFile(name="COPYING", sha256=store.put(b"another"), size=7)
+    notice = StoredFile(name="NOTICE.txt", sha256=store.put(b"another"), size=7)
+    assert swift.package_license("", [*known, unknown], store).kind == "none"
+    assert swift.package_license("", [*known, notice], store).expression == "Apache-2.0"
     assert swift.package_license("ISC", known, store).expression == "ISC"
     assert swift.package_license("", [], store).kind == "none"
 
