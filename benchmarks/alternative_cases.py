@@ -6,6 +6,7 @@ as a decode step does that goes through the layers of a model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -108,9 +109,11 @@ def _linear(pool: Pool, rows: int, out_size: int, in_size: int, dtype: torch.dty
     def narrow(turn: int) -> Int8Matrix:
         return Int8Matrix(pool.at(turn, shape, torch.int8), scale)
 
+    @functools.cache
     def plain() -> Tensor:
         return functional.linear(x.float(), pool.at(0, shape, dtype).float())
 
+    @functools.cache
     def scaled() -> Tensor:
         return functional.linear(x.float(), narrow(0).weight.float()) * scale
 
@@ -126,7 +129,8 @@ def _linear(pool: Pool, rows: int, out_size: int, in_size: int, dtype: torch.dty
 
 
 def _attention(pool: Pool, shape: AttentionShape, batch_size: int) -> Site:
-    cases = [c for kv_len in _KV_LENS for c in _dense(pool, shape, batch_size, kv_len)]
+    lengths = [n for n in _KV_LENS if n * batch_size <= max(_KV_LENS)]
+    cases = [c for kv_len in lengths for c in _dense(pool, shape, batch_size, kv_len)]
     cases += [c for budget in _BUDGETS for c in _bounded(pool, shape, batch_size, budget)]
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
     return Site(f"attention {_name(shape.dtype)} {heads} batch={batch_size}", tuple(cases))
@@ -142,6 +146,7 @@ def _dense(pool: Pool, shape: AttentionShape, batch_size: int, kv_len: int) -> I
     def entries(turn: int) -> tuple[Tensor, Tensor]:
         return pool.at(turn, extents, dtype), pool.at(turn, extents, dtype, 1)
 
+    @functools.cache
     def reference() -> Tensor:
         k, v = (t.float() for t in entries(0))
         return OPS["attention"].reference(q.float(), k, v, softmax_scale=scale, mask="causal")
@@ -223,6 +228,7 @@ def _mlp(pool: Pool, hidden_size: int, intermediate_size: int, dtype: torch.dtyp
         gate, up, down = weights(turn)
         return gemv(functional.silu(gemv(x, gate)) * gemv(x, up), down)
 
+    @functools.cache
     def dense() -> Tensor:
         wide = [w.float() for w in weights(0)]
         return OPS["gated_mlp"].reference(x.float(), *wide, activation="silu")

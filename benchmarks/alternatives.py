@@ -36,9 +36,19 @@ from rewriter.cost.work import SIZES
 
 DATA = Path(alternatives_data.__file__).parent / "data"
 MODELS = Path(alternatives_data.__file__).parent / "models"
-FEWEST, MOST, BUDGET = 5, 25, 0.3
-"""Turns of a site in one pass, and the seconds it may take between them."""
-SHOWN = ("correct", "slowdown", "slowdown_max", "unsure", "as_used")
+FEWEST, MOST, BUDGET, PATIENCE = 6, 40, 0.15, 1.5
+"""Turns of a site in one pass; the seconds it may take between them, and where others disturb it."""
+AGREED = 1.1
+"""Factor within which even and odd turns have to agree, else it goes on while patience lasts."""
+SHOWN = (
+    "correct",
+    "slowdown",
+    "slowdown_max",
+    "unsure",
+    "correct_where_sure",
+    "as_used",
+    "covered",
+)
 
 
 def main() -> int:
@@ -76,7 +86,9 @@ def _measure(arguments: argparse.Namespace) -> int:
     if wrong:
         print("not timed:", *wrong, sep="\n", file=sys.stderr)
         return 1
+    begun = time.perf_counter()
     passes = [[_timed(site) for site in chosen] for _ in range(2)]
+    print(f"checked, then measured in {time.perf_counter() - begun:.0f} s")
     rows = [
         _row(site, number, [found[at][number] for found in passes], arguments.threads)
         for at, site in enumerate(chosen)
@@ -98,9 +110,16 @@ def _timed(site: Site) -> list[list[float]]:
             start = time.perf_counter()
             case.call(turn)
             seconds.append(time.perf_counter() - start)
-        if turn >= FEWEST and time.perf_counter() - begun > BUDGET:
+        taken = time.perf_counter() - begun
+        if turn >= FEWEST and (taken > PATIENCE or (taken > BUDGET and _agreed(found))):
             break
     return [seconds[1:] for seconds in found]
+
+
+def _agreed(found: list[list[float]]) -> bool:
+    """Whether the least of every other turn is about that of the turns between."""
+    pairs = ((min(seconds[1::2]), min(seconds[2::2])) for seconds in found)
+    return all(max(pair) < AGREED * min(pair) for pair in pairs)
 
 
 def _row(site: Site, number: int, passes: list[list[float]], threads: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     log(seconds / roofline) = mean of an ensemble, each member from other shapes
 
 The interval holds nine of ten times that models of other shapes were asked for: its width comes from their
-errors, for each operator and backend, and from how far the ensemble disagrees. The model is unsure about
+errors, for each operator, backend and dtype, and from how far the ensemble disagrees. It is unsure about
 operators, backends and dtypes that it has not seen, sizes beyond those that it has, and other machines.
 """
 
@@ -93,7 +93,7 @@ class LearnedModel:
     """`CostModel` that was learned; see the module.
 
     Attributes:
-        widths: half widths of the interval of log seconds, by operator and backend, `""` for all.
+        widths: half widths of the interval of log seconds, by `kind_of`, `""` for all.
         known: least and largest log2 of each size, by `kind_of`.
         processor: the machine's. training_data: sha256 of what it learned from.
     """
@@ -173,7 +173,7 @@ class LearnedModel:
 
     def estimate(self, work: Work, backend: str) -> Estimate:
         """Of one call; the interval of an operator that was never seen is that of all."""
-        key = (f"{kind_of(work, backend)}", work.cost, tuple(sorted(work.sizes.items())))
+        key = (kind_of(work, backend), work.cost, tuple(sorted(work.sizes.items())))
         if key not in self._answers:
             self._answers[key] = self._estimate(work, backend)
         return self._answers[key]
@@ -182,7 +182,7 @@ class LearnedModel:
         row = np.array([features(work, backend, self.ceilings)])
         told = np.array([float(np.asarray(m.predict(row))[0]) for m in self.members])
         middle = math.log(self.ceilings.seconds(work)) + float(told.mean())
-        width = self.widths.get(f"{work.operator} {backend}", self.widths[""])
+        width = self.widths.get(kind_of(work, backend), self.widths[""])
         width = max(width, 2 * float(told.std()))
         low, high = math.exp(middle - width), math.exp(middle + width)
         return Estimate(math.exp(middle), low, high, self._unsure(work, backend))
@@ -280,7 +280,7 @@ def _errors(table: Floats, goal: Floats, part: Any, settings: Settings, seed: in
 
 
 def _widths(rows: Sequence[Row], wrong: Floats) -> dict[str, float]:
-    names = np.array([f"{row.work.operator} {row.backend}" for row in rows])
+    names = np.array([kind_of(row.work, row.backend) for row in rows])
     found = {str(n): float(np.quantile(wrong[names == n], _COVERED)) for n in np.unique(names)}
     return {**found, "": float(np.quantile(wrong, _COVERED))}
 
