@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ir_dataset.cost_models import cpu_data, cpu_ir, size, size_data
-from ir_dataset.cost_models.cpu_families import Configuration, body_name
 from ir_dataset.cost_models.cpu_features import CODE, PER_ELEMENT
+from ir_dataset.cost_models.cpu_loops import Configuration, body_name
 from ir_dataset.cost_models.evaluate import (
     Judged,
     folds,

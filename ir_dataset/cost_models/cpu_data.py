@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ir_dataset.cost_models import work_terms
-from ir_dataset.cost_models.cpu_families import DEFAULT, FAMILIES, Configuration, Shape, body_name
+from ir_dataset.cost_models.cpu_families import FAMILIES
 from ir_dataset.cost_models.cpu_features import CODE, KERNEL, NAMES, configuration_features
+from ir_dataset.cost_models.cpu_loops import DEFAULT, Configuration, Shape, body_name
 from ir_dataset.cost_models.measure import KNOBS
 from ir_dataset.cost_models.ranking import Floats, Groups
 from rewriter.errors import ArtifactError

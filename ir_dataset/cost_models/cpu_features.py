@@ -18,9 +18,9 @@ import numpy as np
 
 from codegen.cpp_kernels.compiler import find_compiler
 from ir_dataset.cost_models import assembly, work_terms
-from ir_dataset.cost_models.cpu_families import (
+from ir_dataset.cost_models.cpu_families import FAMILIES
+from ir_dataset.cost_models.cpu_loops import (
     CONFIGURATIONS,
-    FAMILIES,
     Configuration,
     Family,
     Shape,

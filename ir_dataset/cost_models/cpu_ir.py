@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ir_dataset.cost_models.cpu_families import CONFIGURATIONS, FAMILIES, Family, body_name, source
+from ir_dataset.cost_models.cpu_families import FAMILIES
+from ir_dataset.cost_models.cpu_loops import CONFIGURATIONS, Family, body_name, source
 from ir_dataset.extract.hook import plain_flags
 from ir_dataset.features import FEATURES, function_features
 from ir_dataset.ir_text import parse_module

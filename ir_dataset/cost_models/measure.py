@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from codegen.cpp_kernels.compiler import compile_library, find_compiler, inline_headers
-from ir_dataset.cost_models.cpu_families import (
+from ir_dataset.cost_models.cpu_families import FAMILIES
+from ir_dataset.cost_models.cpu_loops import (
     CONFIGURATIONS,
-    FAMILIES,
     Arrays,
     Configuration,
     Family,

@@ -9,16 +9,16 @@ import pytest
 
 from ir_dataset.cost_models import cpu_data
 from ir_dataset.cost_models.assembly import FEATURES, busiest_loops, count_loop
-from ir_dataset.cost_models.cpu_families import (
+from ir_dataset.cost_models.cpu_families import FAMILIES
+from ir_dataset.cost_models.cpu_features import NAMES
+from ir_dataset.cost_models.cpu_loops import (
     CONFIGURATIONS,
     DEFAULT,
-    FAMILIES,
     Configuration,
     Shape,
     body_name,
     source,
 )
-from ir_dataset.cost_models.cpu_features import NAMES
 from ir_dataset.cost_models.measure import Runner, measure
 from rewriter.errors import VerificationError
 from tests.codegen.cpp_kernels.running import needs_compiler

@@ -11,8 +11,9 @@ pytest.importorskip("scipy")
 pytest.importorskip("pyarrow")
 
 from ir_dataset.cost_models import work_terms
-from ir_dataset.cost_models.cpu_families import CONFIGURATIONS, DEFAULT, FAMILIES, Shape
+from ir_dataset.cost_models.cpu_families import FAMILIES
 from ir_dataset.cost_models.cpu_features import CODE, KERNEL, NAMES, configuration_features
+from ir_dataset.cost_models.cpu_loops import CONFIGURATIONS, DEFAULT, Shape
 from ir_dataset.cost_models.ranking import Groups
 
 SAME = (*KERNEL[:4], "rows", "unroll", "width", "block", "prefetch", "threads")
