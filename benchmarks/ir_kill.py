@@ -1,6 +1,6 @@
 """Kill `rewriter ir run` at random moments: is the resumed dataset the undisturbed one, byte for byte?
 
-    python benchmarks/ir_kill.py --config corpus.toml --kills 20
+    python benchmarks/ir_kill.py --config benchmarks/ir_kill.toml --kills 20
 
 Runs once undisturbed, then again on an empty store, with SIGKILL to the process at random moments,
 each at most a fifth of the undisturbed time after the start, until it was killed often enough; the last
@@ -66,7 +66,7 @@ def disturbed(arguments: list[str], kills: int, longest_s: float, seed: int) -> 
 def main() -> int:
     """Print what differs; exit code 1 if anything does."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default="small")
+    parser.add_argument("--config", default="benchmarks/ir_kill.toml")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
