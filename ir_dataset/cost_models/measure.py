@@ -3,7 +3,9 @@
     python -m ir_dataset.cost_models.measure ir_dataset/cost_models/data/cpu.parquet
 
 A time is the least of at least three runs, and of as many as fit into the budget. Passes go through all
-configurations of a shape in another order each, minutes apart: their difference is the noise floor.
+configurations of a shape in another order each, minutes apart: their difference is the noise floor. Where
+a kernel has two speeds by chance, several rounds make a pass: `--only scan transpose --rounds 4` measures
+these again and keeps the file's other families.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ir_dataset.cost_models.cpu_loops import (
     make_arrays,
     source,
 )
-from rewriter.errors import VerificationError
+from rewriter.errors import ConfigError, VerificationError
 
 __all__ = ["KNOBS", "Runner", "fingerprint", "measure", "write"]
 
@@ -91,10 +93,11 @@ def measure(
     configurations: tuple[Configuration, ...] = CONFIGURATIONS,
     *,
     passes: int = 2,
+    rounds: int = 1,
     budget_s: float = 0.003,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of family, shape, knobs and `seconds_1` to `seconds_<passes>`.
+    """Rows of family, shape, knobs and `seconds_1` to `seconds_<passes>`, each the least of its rounds.
 
     Raises:
         VerificationError: a kernel gave other numbers than numpy; nothing is timed then.
@@ -112,20 +115,20 @@ def measure(
         log.info("%s: %d shapes are right", family.name, len(family.shapes))
     found: dict[tuple[int, Configuration], list[float]] = {}
     order = random.Random(seed)
-    for number in range(passes):
+    for number in range(passes * rounds):
         begun = time.perf_counter()
         for index in order.sample(range(len(runners)), len(runners)):
             for configuration in order.sample(configurations, len(configurations)):
                 seconds = runners[index].seconds(configuration, budget_s)
                 found.setdefault((index, configuration), []).append(seconds)
-        log.info("pass %d took %.0f s", number + 1, time.perf_counter() - begun)
+        log.info("round %d took %.0f s", number + 1, time.perf_counter() - begun)
     for (index, configuration), seconds in sorted(found.items(), key=lambda item: item[0]):
         runner = runners[index]
         yield {
             "family": runner.family.name,
             **{f"shape_{name}": size for name, size in vars(runner.shape).items()},
             **configuration.as_dict(),
-            **{f"seconds_{n + 1}": value for n, value in enumerate(seconds)},
+            **{f"seconds_{n + 1}": min(seconds[n::passes]) for n in range(passes)},
         }
 
 
@@ -165,13 +168,32 @@ def main() -> None:
     """Measure all families and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--budget-ms", type=float, default=3.0)
     parser.add_argument("--only", nargs="*", choices=sorted(FAMILIES), default=None)
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     families = [FAMILIES[name] for name in chosen.only or FAMILIES]
-    write(measure(families, passes=chosen.passes, budget_s=chosen.budget_ms / 1e3), chosen.out)
+    kept = _others(chosen.out, set(chosen.only)) if chosen.only and chosen.out.is_file() else []
+    measured = measure(
+        families, passes=chosen.passes, rounds=chosen.rounds, budget_s=chosen.budget_ms / 1e3
+    )
+    write([*kept, *measured], chosen.out)
+
+
+def _others(path: Path, names: set[str]) -> list[dict[str, Any]]:
+    """Rows of the families that are not measured again. Raises ConfigError: from another machine."""
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    there = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    here = fingerprint()
+    differ = [name for name in here if there.get(name) != here[name]]
+    if differ:
+        told = ", ".join(f"{name} is {here[name]}" for name in differ)
+        raise ConfigError("out", str(path), f"measured on this machine ({told})")
+    return [row for row in table.to_pylist() if row["family"] not in names]
 
 
 if __name__ == "__main__":
