@@ -36,7 +36,7 @@ from rewriter.cost.work import SIZES
 
 DATA = Path(alternatives_data.__file__).parent / "data"
 MODELS = Path(alternatives_data.__file__).parent / "models"
-FEWEST, MOST, BUDGET, PATIENCE = 6, 40, 0.15, 1.5
+FEWEST, MOST, BUDGET, PATIENCE = 6, 40, 0.15, 1.0
 """Turns of a site in one pass; the seconds it may take between them, and where others disturb it."""
 AGREED = 1.1
 """Factor within which even and odd turns have to agree, else it goes on while patience lasts."""
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
 @torch.no_grad()
 def _measure(arguments: argparse.Namespace) -> int:
     torch.manual_seed(0)
-    ceilings = Ceilings.measured()
+    ceilings = Ceilings.here()  # the same for every part of what is measured
     chosen = [s for s in sites(Pool(arguments.mebibytes)) if arguments.only in s.name]
     wrong = [error for site in chosen for case in site.cases if (error := case.error())]
     if wrong:

@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ir_dataset.cost_models import stored
 from ir_dataset.cost_models.alternatives_data import AlternativesData, Row
 from rewriter.cost.cost import Cost
 from rewriter.cost.model import Estimate
-from rewriter.cost.roofline import Ceilings
+from rewriter.cost.roofline import Ceilings, processor
 from rewriter.cost.work import SIZES, Work
 from rewriter.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     import lightgbm
 
-__all__ = ["NAMES", "LearnedModel", "Settings", "features", "kind_of"]
+__all__ = ["NAMES", "LearnedModel", "Settings", "as_run", "features", "kind_of"]
 
 Floats = NDArray[np.float64]
 
@@ -45,6 +46,7 @@ NAMES = (
     *("turns_keys", "is_gathered"),
 )
 """Columns: nothing in them names an operator that shares its traits with none."""
+_ATTENDED = {"batch_size", "kv_len", "num_heads", "num_kv_heads", "head_dim"}
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _CALIBRATION_FOLDS, _COVERED = 4, 0.9
 _BEYOND = math.log2(2.0)
@@ -66,10 +68,22 @@ def kind_of(work: Work, backend: str) -> str:
     return f"{work.operator} {backend} {work.dtype} {work.weight_dtype}"
 
 
+def as_run(work: Work, backend: str) -> Work:
+    """The work as a backend does it: C++ has one attention, which copies no heads."""
+    sizes = work.sizes
+    if backend != "cpu" or work.operator != "attention" or not sizes.keys() >= _ATTENDED:
+        return work
+    group_size = sizes["num_heads"] // sizes["num_kv_heads"]
+    entries = sizes["batch_size"] * sizes["num_kv_heads"] * sizes["kv_len"]
+    copied = 4 * group_size * entries * sizes["head_dim"] * _BYTES.get(work.dtype, 4)
+    copies = copied if group_size > 1 else 0
+    cost = Cost(work.cost.flops, work.cost.bytes_moved - copies, 1)
+    return replace(work, operator="grouped_attention", cost=cost)
+
+
 def features(work: Work, backend: str, ceilings: Ceilings) -> list[float]:
     """In the order of `NAMES`; a size that the operator does not have is -1."""
-    cost, sizes = work.cost, work.sizes
-    operator = work.operator
+    cost, sizes, operator = work.cost, work.sizes, work.operator
     return [
         math.log2(max(cost.flops, 1.0)),
         math.log2(max(cost.bytes_moved, 1.0)),
@@ -95,7 +109,9 @@ class LearnedModel:
     Attributes:
         widths: half widths of the interval of log seconds, by `kind_of`, `""` for all.
         known: least and largest log2 of each size, by `kind_of`.
-        processor: the machine's. training_data: sha256 of what it learned from.
+        learned_on: ceilings of the machine that it was learned on, by number of threads.
+        ceilings: of the machine and threads that are asked about.
+        training_data: sha256 of what it learned from.
     """
 
     name = "learned"
@@ -106,15 +122,14 @@ class LearnedModel:
         widths: Mapping[str, float],
         known: Mapping[str, Mapping[str, Sequence[float]]],
         *,
-        processor: str,
-        threads: Sequence[int],
+        learned_on: Mapping[int, Ceilings],
         training_data: str,
         metrics: Mapping[str, Any],
         ceilings: Ceilings,
     ) -> None:
         self.members, self.widths, self.known = members, widths, known
-        self.processor, self.threads = processor, tuple(threads)
-        self.training_data, self.metrics, self.ceilings = training_data, metrics, ceilings
+        self.learned_on, self.ceilings = learned_on, ceilings
+        self.training_data, self.metrics = training_data, metrics
         self._answers = dict[tuple[str, Cost, tuple[tuple[str, int], ...]], Estimate]()
 
     @staticmethod
@@ -131,6 +146,7 @@ class LearnedModel:
             ConfigError: fewer than two shapes.
         """
         rows = data.rows if rows is None else rows
+        rows = [replace(row, work=as_run(row.work, row.backend)) for row in rows]
         settings = settings or Settings()
         shapes = sorted({row.shape for row in rows})
         if len(shapes) < 2:
@@ -146,16 +162,14 @@ class LearnedModel:
             members.append(_grown(table[part], goal[part], settings, seed * 100 + member))
         part = random.permutation(len(shapes)) % min(_CALIBRATION_FOLDS, len(shapes))
         wrong = _errors(table, goal, part[owner], settings, seed)
-        first = next(iter(data.ceilings.values()))
         return LearnedModel(
             members,
             _widths(rows, wrong),
             _known(rows),
-            processor=first.processor,
-            threads=sorted({row.threads for row in rows}),
+            learned_on=data.ceilings,
             training_data=data.digest,
             metrics={"rows": len(rows), "settings": asdict(settings)},
-            ceilings=first,
+            ceilings=next(iter(data.ceilings.values())),
         )
 
     def at(self, ceilings: Ceilings) -> LearnedModel:
@@ -164,8 +178,7 @@ class LearnedModel:
             self.members,
             self.widths,
             self.known,
-            processor=self.processor,
-            threads=self.threads,
+            learned_on=self.learned_on,
             training_data=self.training_data,
             metrics=self.metrics,
             ceilings=ceilings,
@@ -179,6 +192,7 @@ class LearnedModel:
         return self._answers[key]
 
     def _estimate(self, work: Work, backend: str) -> Estimate:
+        work = as_run(work, backend)
         row = np.array([features(work, backend, self.ceilings)])
         told = np.array([float(np.asarray(m.predict(row))[0]) for m in self.members])
         middle = math.log(self.ceilings.seconds(work)) + float(told.mean())
@@ -189,10 +203,11 @@ class LearnedModel:
 
     def _unsure(self, work: Work, backend: str) -> str:
         """Why nothing like this was learned, or ""."""
-        if self.ceilings.processor != self.processor:
-            return f"learned on {self.processor}, not on {self.ceilings.processor}"
-        if self.ceilings.threads not in self.threads:
-            return f"{self.ceilings.threads} threads: learned with {self.threads}"
+        processors = {limits.processor for limits in self.learned_on.values()}
+        if self.ceilings.processor not in processors:
+            return f"learned on {', '.join(processors)}, not on {self.ceilings.processor}"
+        if self.ceilings.threads not in self.learned_on:
+            return f"{self.ceilings.threads} threads: learned with {[*self.learned_on]}"
         known = self.known.get(kind_of(work, backend))
         if known is None:
             return f"never saw {kind_of(work, backend).strip()}"
@@ -209,8 +224,7 @@ class LearnedModel:
         parameters = {
             "widths": dict(self.widths),
             "known": {kind: dict(sizes) for kind, sizes in self.known.items()},
-            "processor": self.processor,
-            "threads": list(self.threads),
+            "learned_on": [asdict(limits) for limits in self.learned_on.values()],
         }
         texts = {"members": tuple(m.model_to_string() for m in self.members)}
         stored.save(
@@ -225,7 +239,8 @@ class LearnedModel:
         """Read what `save` wrote, the one that comes with the package unless given.
 
         Args:
-            ceilings: of this machine; measured where they are not and were not before.
+            ceilings: of this machine. Those that it was learned with unless given, where processor
+                and number of threads are the same; else measured, unless they were before.
 
         Raises:
             ArtifactError: the file is missing or damaged, or has other features than this version.
@@ -234,12 +249,15 @@ class LearnedModel:
         if told.features != NAMES:
             raise ArtifactError("cost model of alternatives has other features than this version")
         parameters = told.parameters
+        known = {item["threads"]: Ceilings(**item) for item in parameters["learned_on"]}
+        own = known.get(torch.get_num_threads())
+        if ceilings is None and own is not None and own.processor == processor():
+            ceilings = own
         return LearnedModel(
             stored.boosters_of(told.boosters["members"]),
             parameters["widths"],
             parameters["known"],
-            processor=parameters["processor"],
-            threads=parameters["threads"],
+            learned_on=known,
             training_data=told.training_data,
             metrics=told.metrics,
             ceilings=ceilings or Ceilings.here(),

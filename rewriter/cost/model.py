@@ -71,6 +71,8 @@ class Prediction:
         down = math.hypot(_log(after.seconds, after.low), _log(before.high, before.seconds))
         up = math.hypot(_log(after.high, after.seconds), _log(before.seconds, before.low))
         middle = _log(after.seconds, before.seconds)
+        if before == after:  # the same work errs the same way
+            down = up = 0.0
         low, high = math.exp(middle - down), math.exp(middle + up)
         unsure = before.unsure or after.unsure
         if not unsure and low <= 1 <= high:

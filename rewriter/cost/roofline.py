@@ -20,7 +20,7 @@ from rewriter.cost.model import Estimate
 from rewriter.cost.work import Work
 from rewriter.errors import ArtifactError
 
-__all__ = ["Ceilings", "Roofline"]
+__all__ = ["Ceilings", "Roofline", "processor"]
 
 _FACTOR = 3.0
 """Times lie within this factor of the roofline nine times of ten, about; see docs/cost-models.md."""

@@ -37,8 +37,11 @@ def test_an_unsure_time_decides_nothing():
 
 
 def test_errors_of_both_add_up_as_if_independent():
-    told = predicted(Estimate(1.0, 0.5, 2.0), Estimate(1.0, 0.5, 2.0))
-    assert told.high == pytest.approx(2**2**0.5) and told.low == pytest.approx(2 ** -(2**0.5))
+    told = predicted(Estimate(1.0, 0.5, 2.0), Estimate(3.0, 1.5, 6.0))
+    assert told.high == pytest.approx(3 * 2**2**0.5)
+    assert told.low == pytest.approx(3 * 2 ** -(2**0.5))
+    same = predicted(Estimate(1.0, 0.5, 2.0), Estimate(1.0, 0.5, 2.0))
+    assert same.low == same.high == 1 and same.unsure and not same.slower
 
 
 def test_roofline_by_hand():

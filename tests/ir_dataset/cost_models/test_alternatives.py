@@ -13,7 +13,7 @@ pytest.importorskip("lightgbm")
 pytest.importorskip("pyarrow")
 
 from ir_dataset.cost_models import alternatives_data, stored
-from ir_dataset.cost_models.alternatives import NAMES, LearnedModel, Settings, features
+from ir_dataset.cost_models.alternatives import NAMES, LearnedModel, Settings, as_run, features
 from ir_dataset.cost_models.alternatives_data import AlternativesData, Row, decisions
 from ir_dataset.cost_models.alternatives_evaluate import evaluate, judge, summary
 from rewriter.cost.cost import Cost
@@ -117,6 +117,13 @@ def test_damage_is_found(model, tmp_path):
         LearnedModel.load(text, CEILINGS)
 
 
+def test_cpp_has_one_attention():
+    shape = AttentionShape(16, 4, 64, 64, torch.bfloat16)
+    repeated, grouped = (shape.decode_work(op, 256, 2) for op in ("attention", "grouped_attention"))
+    assert repeated.cost != grouped.cost and as_run(repeated, "cpu") == grouped
+    assert as_run(repeated, "eager") == repeated and as_run(grouped, "cpu") == grouped
+
+
 def test_one_shape_is_too_few():
     with pytest.raises(ConfigError, match="at least 2"):
         LearnedModel.fit(DATA, [r for r in DATA.rows if r.shape == DATA.rows[0].shape])
@@ -203,7 +210,7 @@ def test_rows_are_written_and_read(tmp_path):
 def test_shipped_model_goes_with_its_data():
     data, path = alternatives_data.load(), stored.shipped("alternatives")
     model = LearnedModel.load(path, next(iter(data.ceilings.values())))
-    assert model.training_data == data.digest and model.threads == tuple(sorted(data.ceilings))
+    assert model.training_data == data.digest and model.learned_on == data.ceilings
     for row in data.rows[::40]:
         told = model.at(data.ceilings[row.threads]).estimate(row.work, row.backend)
         assert not told.unsure and 0.2 < told.seconds / row.seconds < 5
