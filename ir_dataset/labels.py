@@ -4,12 +4,17 @@ With LLVM's tools: `opt -passes=default<Oz>` or `<O2>`, then `llc`; the sizes st
 table. Without them llvmlite does the same in the process for O2. It has no pipeline for size, so there
 every function is marked `minsize optsize` and O2 is run, which is another pipeline and is called
 `Os-attr`: the two are never mixed under one name.
+
+A Zig module keeps all its functions to itself, and optimising it leaves nothing. There, what nothing in
+the module uses is made visible first.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +63,14 @@ def label_module(
     *,
     toolchain: Toolchain | None = None,
     timeout_s: float = 120.0,
+    show_unused: bool = False,
 ) -> ModuleLabels:
     """Compile a stored module for size and for speed, and measure its functions.
 
     Args:
         toolchain: where the tools are; those of this machine if not given.
         timeout_s: wall time of each step of each way.
+        show_unused: make internal functions and variables that the module itself does not use external.
 
     Raises:
         ArtifactError: the store does not have the module.
@@ -84,9 +91,9 @@ def label_module(
     for kind in ways:
         try:
             if "Oz" in ways:
-                built, said = _by_tools(data, kind, tools, timeout_s)
+                built, said = _by_tools(data, kind, tools, timeout_s, show_unused)
             else:
-                built, said = _by_llvmlite(data, kind)
+                built, said = _by_llvmlite(data, kind, show_unused)
             found = sorted(function_sizes(built).items())
         except (ArtifactError, subprocess.TimeoutExpired, RuntimeError, OSError) as error:
             failures.append(LabelFailure(kind=kind, reason=_reason(error)))
@@ -108,11 +115,18 @@ def _reason(error: Exception) -> str:
     return str(error).strip()[:300]
 
 
-def _by_tools(data: bytes, kind: str, tools: Toolchain, timeout_s: float) -> tuple[bytes, str]:
+def _by_tools(
+    data: bytes, kind: str, tools: Toolchain, timeout_s: float, show_unused: bool
+) -> tuple[bytes, str]:
     opt, llc = tools.need("opt"), tools.need("llc")
     with tempfile.TemporaryDirectory(prefix="label-") as directory:
         place = Path(directory)
         (place / "in.bc").write_bytes(data)
+        if show_unused:
+            _run([str(opt), "-passes=", "-S", "in.bc", "-o", "in.ll"], place, timeout_s)
+            text = (place / "in.ll").read_text(encoding="utf-8", errors="surrogateescape")
+            shown = _with_unused_shown(text).encode("utf-8", "surrogateescape")
+            (place / "in.bc").write_bytes(shown)
         _run([str(opt), f"-passes=default<{kind}>", "in.bc", "-o", "opt.bc"], place, timeout_s)
         _run([str(llc), *_CODEGEN, "opt.bc", "-o", "out.o"], place, timeout_s)
         built = (place / "out.o").read_bytes()
@@ -128,13 +142,31 @@ def _run(command: list[str], place: Path, timeout_s: float) -> None:
         raise ArtifactError(f"{Path(command[0]).name}: {told[0]}")
 
 
-def _by_llvmlite(data: bytes, kind: str) -> tuple[bytes, str]:
+_NAME = re.compile(r'@(?:"[^"]*"|[-\w$.]+)')
+_HIDDEN = re.compile(r"^(define |@.*? = )(internal|private) (.*)$", re.MULTILINE)
+
+
+def _with_unused_shown(text: str) -> str:
+    """A module's text with `internal` and `private` gone where a name stands in its definition alone."""
+    uses = Counter(_NAME.findall(text))
+
+    def shown(found: re.Match[str]) -> str:
+        name = _NAME.search(found[0])
+        unused = name is not None and uses[name[0]] == 1
+        return found[1] + found[3] if unused else found[0]
+
+    return _HIDDEN.sub(shown, text)
+
+
+def _by_llvmlite(data: bytes, kind: str, show_unused: bool) -> tuple[bytes, str]:
     import llvmlite.binding as llvm
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     context = llvm.create_context()
     module = llvm.parse_bitcode(data, context=context)
+    if show_unused:
+        module = llvm.parse_assembly(_with_unused_shown(str(module)), context=context)
     # the large code model that is a JIT's default puts code into .ltext
     machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=2, codemodel="small")
     if kind == "Os-attr":

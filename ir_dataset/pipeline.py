@@ -310,6 +310,7 @@ class Pipeline:
                     module=one.summary.module,
                     toolchain=self.toolchain.fingerprint(),
                     timeout_s=wanted.timeout_s,
+                    show_unused=one.unit.unit.language == "zig",
                 )
                 tasks.append(Task(one.unit.unit.source_path, asked))
         found = self.runner.records("label", tasks)

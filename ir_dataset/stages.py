@@ -157,12 +157,14 @@ class Encoding(Record, frozen=True):
     """float32, little-endian, [functions, `embedding.DIMENSION`]."""
 
 
-class LabelInput(Record, frozen=True):
+class LabelInput(Record, frozen=True, omit_defaults=True):
     """A module to compile."""
 
     module: str
     toolchain: str
     timeout_s: float
+    show_unused: bool = False
+    """See `label_module`."""
 
 
 def _discover(store: Store, task: DiscoverInput) -> Packages:
@@ -236,7 +238,7 @@ def _encode(store: Store, task: EncodeInput) -> Encoding:
 
 
 def _label(store: Store, task: LabelInput) -> ModuleLabels:
-    return label_module(store, task.module, timeout_s=task.timeout_s)
+    return label_module(store, task.module, timeout_s=task.timeout_s, show_unused=task.show_unused)
 
 
 DAY = 86_400.0

@@ -13,6 +13,10 @@ def text_of(name: str) -> str:
 
 
 def bitcode_of(name: str) -> bytes:
+    return bitcode_of_text(text_of(name))
+
+
+def bitcode_of_text(text: str) -> bytes:
     llvm = pytest.importorskip("llvmlite.binding", reason="pip install 'rewriter[ir]'")
     context = llvm.create_context()
-    return llvm.parse_assembly(text_of(name), context=context).as_bitcode()
+    return llvm.parse_assembly(text, context=context).as_bitcode()

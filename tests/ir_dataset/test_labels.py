@@ -9,7 +9,7 @@ from ir_dataset.records import decode, encode
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ArtifactError, SourceError
-from tests.ir_dataset.ir_fixtures import bitcode_of
+from tests.ir_dataset.ir_fixtures import bitcode_of, bitcode_of_text
 
 NATIVE = Toolchain.find()
 PIP = Toolchain(tuple(item for item in NATIVE.paths if item[0] == "llvmlite"))
@@ -39,6 +39,24 @@ def test_both_toolchains_give_the_same_code_at_o2(tmp_path):
     with_tools = label_module(store, sha, toolchain=NATIVE)
     assert set(sizes_of(with_tools)) == {"Oz", "O2"}
     assert sizes_of(with_tools)["O2"] == sizes_of(label_module(store, sha, toolchain=PIP))["O2"]
+
+
+HIDDEN = """
+target triple = "x86_64-unknown-linux-gnu"
+@table = private constant [1 x ptr] [ptr @"in table"]
+define internal i32 @"in table"(i32 %x) { %y = mul i32 %x, 7 ret i32 %y }
+define private i32 @alone(i32 %x) noinline { %y = call i32 @used(i32 %x) ret i32 %y }
+define internal i32 @used(i32 %x) noinline { %y = add i32 %x, 5 ret i32 %y }
+"""
+
+
+@pytest.mark.parametrize("tools", [PIP, NATIVE], ids=["pip", "llvm"])
+def test_functions_that_a_module_keeps_to_itself(tmp_path, tools):
+    store = Store(tmp_path)
+    sha = store.put(bitcode_of_text(HIDDEN))
+    assert sizes_of(label_module(store, sha, toolchain=tools))["O2"] == {}
+    shown = sizes_of(label_module(store, sha, toolchain=tools, show_unused=True))["O2"]
+    assert set(shown) == {"in table", "alone", "used"} and min(shown.values()) > 0
 
 
 def test_a_step_that_takes_too_long_is_a_failure(tmp_path):
