@@ -175,7 +175,9 @@ def _size(arguments: argparse.Namespace) -> dict[str, Any]:
         known = data.rows(kind)
         for name, by_project in (("held-out project", True), ("random split", False)):
             found = [
-                size.evaluate(known, settings, seed=seed, by_project=by_project)
+                size.evaluate(
+                    known, settings, folds=arguments.folds, seed=seed, by_project=by_project
+                )
                 for seed in range(arguments.seeds if by_project else 1)
             ]
             rows[f"{kind}, {name}"] = _over_seeds(found)
@@ -194,7 +196,7 @@ def _level2(arguments: argparse.Namespace) -> dict[str, Any]:
             return _SizeNetwork(train, other if tasks == 2 else None, seed)
 
         found = [
-            size.evaluate(known, size.SizeSettings(), seed=seed, fit=fit)
+            size.evaluate(known, size.SizeSettings(), folds=arguments.folds, seed=seed, fit=fit)
             for seed in range(arguments.seeds)
         ]
         rows[name] = _over_seeds(found)
@@ -251,6 +253,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=("cpu", "size", "level2", "transfer"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=5, help="of projects, for code size")
     parser.add_argument("--dataset", type=Path, default=Path("ir-dataset"))
     parser.add_argument("--width", type=int, default=150)
     return parser.parse_args()
