@@ -297,10 +297,17 @@ def column_sums(
         grid = (batch_size * num_kv_heads, triton.cdiv(entries, config.block_n))
         run(COLUMN_SUMS, description, grid, arguments, config)
 
-    told = {"batch_size": batch_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    told |= {"q_len": q_len, "kv_len": entries}
-    told |= {"entries": visible_entries(description, entries)}
-    launch(config or config_of_launch(COLUMN_SUMS, description, q.device, told, launch))
+    def asked() -> dict[str, int]:
+        return {
+            "batch_size": batch_size,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "q_len": q_len,
+            "kv_len": entries,
+            "entries": visible_entries(description, entries),
+        }
+
+    launch(config or config_of_launch(COLUMN_SUMS, description, q.device, asked, launch))
     return out
 
 

@@ -476,9 +476,15 @@ def decode_attention(
         )
         return merge_lse(merging(description), out, lse)
 
-    told = dict(zip(("batch_size", "num_heads", "q_len"), rows, strict=True))
-    told |= {"num_kv_heads": k.shape[1], "kv_len": kv_len, "num_splits": num_splits or 0}
-    told |= {"entries": visible_entries(description, kv_len)}
+    def told() -> dict[str, int]:
+        return {
+            **dict(zip(("batch_size", "num_heads", "q_len"), rows, strict=True)),
+            "num_kv_heads": k.shape[1],
+            "kv_len": kv_len,
+            "num_splits": num_splits or 0,
+            "entries": visible_entries(description, kv_len),
+        }
+
     return launch(config or config_of_launch(DECODE_ATTENTION, description, q.device, told, launch))
 
 

@@ -160,7 +160,9 @@ def gated_activation(
         grid = (rows, triton.cdiv(width, config.block))
         run(GATED_ACTIVATION, description, grid, (gate, up, out, width, *strides, *extra), config)
 
-    told = {"rows": rows, "width": width}
+    def told() -> dict[str, int]:
+        return {"rows": rows, "width": width}
+
     launch(config or config_of_launch(GATED_ACTIVATION, description, gate.device, told, launch))
     return out
 

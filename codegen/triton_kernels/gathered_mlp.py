@@ -379,8 +379,10 @@ def gathered_up(
         grid = (rows, triton.cdiv(count, config.block_s))
         run(UP, description, grid, (x, gate, up, chosen, hidden, *sizes, *extra), config)
 
-    told = {"rows": rows, "count": count, "hidden_size": hidden_size}
-    told |= {"matrices": 1 if neurons is None else 2}
+    def told() -> dict[str, int]:
+        found = {"rows": rows, "count": count, "hidden_size": hidden_size}
+        return {**found, "matrices": 1 if neurons is None else 2}
+
     launch(config or config_of_launch(UP, description, x.device, told, launch))
     return hidden
 
@@ -428,7 +430,9 @@ def gathered_down(
         arguments = (partial, out, rows, hidden_size, out.stride(0), *extra)
         run(SUM, adding, (rows, blocks), arguments, config)
 
-    told = {"rows": rows, "count": count, "hidden_size": hidden_size}
+    def told() -> dict[str, int]:
+        return {"rows": rows, "count": count, "hidden_size": hidden_size}
+
     launch(config or config_of_launch(DOWN, description, hidden.device, told, launch))
     return out
 

@@ -217,7 +217,9 @@ def gemv(
         grid = (triton.cdiv(out_features, config.block_n) if rows else 0,)
         run(GEMV, description, grid, (*tensors, *sizes, *extra), config)
 
-    told = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    def told() -> dict[str, int]:
+        return {"rows": rows, "in_features": in_features, "out_features": out_features}
+
     launch(config or config_of_launch(GEMV, description, x.device, told, launch))
     return out
 

@@ -434,11 +434,16 @@ def prefill_attention(
         grid = (batch_size * num_heads, triton.cdiv(q_len, config.block_m))
         run(PREFILL_ATTENTION, description, grid, arguments, config)
 
-    names = ("batch_size", "num_heads", "q_len", "kv_len", "q_start")
-    told = {**dict(zip(names, sizes, strict=True)), "num_kv_heads": k.shape[1]}
-    told |= {"entries": visible_entries(description, kv_len)}
+    def asked() -> dict[str, int]:
+        names = ("batch_size", "num_heads", "q_len", "kv_len", "q_start")
+        return {
+            **dict(zip(names, sizes, strict=True)),
+            "num_kv_heads": k.shape[1],
+            "entries": visible_entries(description, kv_len),
+        }
+
     device = q.device
-    launch(config or config_of_launch(PREFILL_ATTENTION, description, device, told, launch))
+    launch(config or config_of_launch(PREFILL_ATTENTION, description, device, asked, launch))
     return out, lse
 
 

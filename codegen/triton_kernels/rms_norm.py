@@ -198,7 +198,9 @@ def rms_norm(
     def launch(config: NormConfig) -> None:
         run(RMS_NORM, description, (rows,), arguments, config)
 
-    told = {"rows": rows, "width": width, "tensors": 2 if residual is None else 4}
+    def told() -> dict[str, int]:
+        return {"rows": rows, "width": width, "tensors": 2 if residual is None else 4}
+
     launch(config or config_of_launch(RMS_NORM, description, x.device, told, launch))
     return out, summed
 

@@ -52,20 +52,20 @@ def config_of_launch(
     kernel: TunedKernel[C],
     description: KernelDescription,
     device: torch.device,
-    sizes: Mapping[str, int],
+    sizes: Callable[[], Mapping[str, int]],
     launch: Callable[[C], object],
 ) -> C:
     """The configuration to launch with; see the module.
 
     Args:
-        sizes: that the time depends on, by name, besides those of the description.
+        sizes: gives those that the time depends on, by name, besides the description's.
         launch: runs the kernel with a configuration; may be called often.
     """
     default = kernel.config_for(description)
     how = current()
     if how is None:
         return default
-    problem = problem_of(kernel, description, device, sizes)
+    problem = problem_of(kernel, description, device, sizes())
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return how.chosen(problem, default)
     return choose(

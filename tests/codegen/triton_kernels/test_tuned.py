@@ -222,7 +222,9 @@ def test_what_does_not_fit_is_never_chosen() -> None:
 
     d = KernelDescription(operator="gated_activation")
     with tuning(Tuning("measure", lambda p, offered, default: Ranked((2, offered.index(fits))), 2)):
-        found = config_of_launch(GATED_ACTIVATION, d, torch.device("cpu"), {"rows": 1}, launch)
+        found = config_of_launch(
+            GATED_ACTIVATION, d, torch.device("cpu"), lambda: {"rows": 1}, launch
+        )
     assert found == fits and len(asked) == 3 and asked[0] == kept
 
 
