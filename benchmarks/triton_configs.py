@@ -3,7 +3,7 @@
     python benchmarks/triton_configs.py compile -o DIR --target cuda:sm_90   # no GPU needed; resumes
     python benchmarks/triton_configs.py measure DIR                          # on a GPU; resumes
     python benchmarks/triton_configs.py measure --dry-run                    # interpreted, checks alone
-    python benchmarks/triton_configs.py evaluate FILE --pack DIR             # what models make of it
+    python benchmarks/triton_configs.py evaluate FILE                        # what models make of it
 
 Exit codes of `measure`: 0 when all is measured, 1 without a GPU or where a result is wrong, 3 when
 `--seconds` were over before the end. Results go to benchmarks/results/triton-configs.json.
@@ -88,7 +88,7 @@ def _measure(arguments: argparse.Namespace, console: Console) -> int:
         seconds=arguments.seconds,
         told=lambda line: console.print(line, markup=False),
     )
-    points = {"sha256": triton_points.digest(pack.store.root), "target": pack.target}
+    points = {"hash": triton_points.digest(pack.store.root), "target": pack.target}
     lines = triton_measure.measured_lines(pack.store.root)
     found = triton_data.document(lines, _machine(), points)
     RESULT.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -125,7 +125,8 @@ def _dry(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> int:
-    data = triton_data.load(arguments.file, arguments.pack / triton_points.FILE)
+    points = arguments.pack / triton_points.FILE if arguments.pack else None
+    data = triton_data.load(arguments.file, points)
     table = Table(title="configurations of Triton kernels; ± is 95 % over the seeds")
     for column in ("selector", *COLUMNS):
         table.add_column(column, justify="left" if column == "selector" else "right")
@@ -161,7 +162,7 @@ def _arguments() -> argparse.Namespace:
         each.add_argument("--only", nargs="*", choices=sorted(FAMILIES))
     last = commands.add_parser("evaluate", help="models learned from measurements")
     last.add_argument("file", type=Path)
-    last.add_argument("--pack", type=Path, required=True, help="directory with the points")
+    last.add_argument("--pack", type=Path, metavar="DIR", help="what was measured, else what ships")
     last.add_argument("--seeds", type=int, default=5)
     last.add_argument("--save", type=Path, help="store the model that learned from everything")
     last.set_defaults(run=_evaluate)

@@ -61,7 +61,7 @@ def document(
 
     Args:
         lines: of `triton_measure.measured_lines`.
-        machine: device, versions, commit. points: `sha256` and `target` of the pack's file.
+        machine: device, versions, commit. points: `hash` and `target` of the pack's file.
     """
     shapes = []
     for line in lines:
@@ -107,17 +107,18 @@ def read_document(path: Path) -> dict[str, Any]:
     return found
 
 
-def load(measured: Path, points: Path) -> TritonData:
-    """Measurements with the features of a pack's points.
+def load(measured: Path, points: Path | None = None) -> TritonData:
+    """Measurements with the features of a pack's points, or of those that come with the package.
 
     Raises:
         ArtifactError: a file cannot be read, the points are not those that were measured, or fewer
             than two passes or two shapes were.
     """
+    points = points or triton_points.shipped()
     table, digest = triton_points.read(points)
     found = read_document(measured)
-    if found["points"]["sha256"] != digest:
-        raise ArtifactError(f"{points} is not what was measured: its sha256 is {digest}")
+    if found["points"]["hash"] != digest:
+        raise ArtifactError(f"{points} is not what was measured: its hash is {digest}")
     return joined(found, table, digest)
 
 

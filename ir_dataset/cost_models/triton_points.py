@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ __all__ = [
     "digest",
     "features",
     "read",
+    "shipped",
     "table",
     "target_of",
     "told",
@@ -185,9 +187,9 @@ def _row(
     values = compiled.get("values")
     if values is None:
         return row
-    resources = Resources(*(int(values[n]) for n in ("registers", "shared_bytes", "spilled_bytes")))
+    found = Resources(*(int(values[n]) for n in ("registers", "shared_bytes", "spilled_bytes")))
     work = work_of(asked.operator, asked.sizes, knobs, gpu.multiprocessors)
-    return row | values | _estimated("level0", gpu, work, knobs["num_warps"], resources)
+    return row | values | _estimated("level0", gpu, work, knobs["num_warps"], found)
 
 
 def write(found: pyarrow.Table, pack: Pack) -> Path:
@@ -206,24 +208,34 @@ def write(found: pyarrow.Table, pack: Pack) -> Path:
     return path
 
 
+def shipped() -> Path:
+    """The points for sm_90 that come with the package."""
+    return Path(str(resources.files("ir_dataset.cost_models"))) / "data" / "triton_sm_90.parquet"
+
+
 def read(path: Path) -> tuple[pyarrow.Table, str]:
-    """A file that `write` wrote, and its sha256. Raises ArtifactError."""
+    """A file that `write` wrote, and a hash of its points and their compiled texts.
+
+    Raises:
+        ArtifactError: it is missing, or no such file.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         found = parquet.read_table(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"points cannot be read: {error}") from error
     missing = {*_TEXTS, "default", *PLAIN, *LEVEL0} - set(found.column_names)
     if missing:
         raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}")
-    return found, digest
+    columns = (found.column(name).to_pylist() for name in ("family", "shape", "config", "key"))
+    rows = sorted(zip(*columns, strict=True))
+    return found, hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def digest(root: Path) -> str:
-    """sha256 of a pack's file. Raises ArtifactError."""
+    """Of a pack's points, as `read` gives it. Raises ArtifactError."""
     return read(root / FILE)[1]
 
 

@@ -7,24 +7,41 @@ there is one, else level 0. Level 0 alone says which few are worth measuring and
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from codegen.triton_kernels.table import KERNELS
 from codegen.tuning import Problem, Ranked
-from ir_dataset.cost_models import stored
+from ir_dataset.cost_models import stored, triton_points
 from ir_dataset.cost_models.level0 import GPUS, Gpu
 from ir_dataset.cost_models.ranking import RankingModel
 from ir_dataset.cost_models.triton_data import SETTINGS, TritonData, plain
 from ir_dataset.cost_models.triton_points import PLAIN, features
-from ir_dataset.cost_models.triton_work import OPERATORS, level0, sizes_of_launch, work_of
+from ir_dataset.cost_models.triton_work import (
+    OPERATORS,
+    Resources,
+    level0,
+    sizes_of_launch,
+    work_of,
+)
 from rewriter.errors import ConfigError
 
-__all__ = ["TritonRanker", "fit", "gpu_of", "knobs_of_launch", "launch_seconds", "shipped_model"]
+__all__ = [
+    "TritonRanker",
+    "fit",
+    "gpu_of",
+    "knobs_of_launch",
+    "known_resources",
+    "launch_seconds",
+    "shipped_model",
+]
 
 SHIPPED = "triton_kernels"
 """Name of the model that comes with the package, once it does."""
@@ -60,8 +77,52 @@ def gpu_of(device: str, target: str = "cuda:sm_90") -> Gpu:
     return replace(gpu, multiprocessors=int(number)) if number.isdigit() else gpu
 
 
+Kind = tuple[str, int, int, int, int, bool]
+_OF_RESOURCES = ("registers", "shared_bytes", "spilled_bytes")
+
+
+def _kind(operator: str, sizes: Mapping[str, int]) -> Kind:
+    """What a kernel's registers depend on besides its configuration."""
+    element = sizes.get("element_bytes", 2)
+    return (
+        operator,
+        element,
+        sizes.get("weight_bytes", element),
+        sizes["head_dim"] if "num_heads" in sizes else 0,
+        sizes["width"] if operator == "rms_norm" else 0,
+        operator == "gemv" and sizes["rows"] == 1,
+    )
+
+
+@functools.cache
+def known_resources(path: Path | None = None) -> dict[tuple[Kind, str], Resources]:
+    """By kind and configuration what the compiler said, the most of each where texts differ.
+
+    Args:
+        path: of points; None = those that come with the package.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    table, _ = triton_points.read(path or triton_points.shipped())
+    names = ("operator", "shape", "config", *_OF_RESOURCES)
+    columns = (table.column(name).to_pylist() for name in names)
+    found: dict[tuple[Kind, str], Resources] = {}
+    for operator, shape, config, *numbers in zip(*columns, strict=True):
+        if any(map(math.isnan, numbers)):
+            continue
+        at = (_kind(operator, json.loads(shape)), config)
+        before = found.get(at, Resources(0, 0, 0))
+        most = (max(int(new), old) for new, old in zip(numbers, astuple(before), strict=True))
+        found[at] = Resources(*most)
+    return found
+
+
 class TritonRanker:
     """`codegen.tuning.Ranker` of the kernels that `codegen.triton_kernels` lets be tuned.
+
+    Level 0 takes registers and shared memory from the points that come with the package, where the same
+    kernel was compiled. What does not fit on the device comes last, whatever a model says.
 
     Args:
         model: learned by `fit`; None = the one that comes with the package, or level 0.
@@ -84,12 +145,13 @@ class TritonRanker:
             return None
         gpu = gpu_of(problem.device, self.target)
         knobs = [asdict(config) for config in candidates]
+        told = [_level0(operator, problem.shape, one, gpu) for one in knobs]
         if self.model is None:
-            told = [_level0(operator, problem.shape, one, gpu) for one in knobs]
             return Ranked(tuple(np.argsort(told, kind="stable").tolist()), UNMEASURED)
         rows = [_features(operator, problem.shape, one, knobs[default], gpu) for one in knobs]
         found = self.model.rank(np.array(rows), default)
-        return Ranked(tuple(found.order.tolist()), found.unsure, found.far)
+        order = sorted(found.order.tolist(), key=lambda at: math.isinf(told[at]))
+        return Ranked(tuple(order), found.unsure, found.far)
 
 
 def launch_seconds(
@@ -155,7 +217,8 @@ def _shipped(operator: str, sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _level0(operator: str, sizes: Mapping[str, int], knobs: Mapping[str, int], gpu: Gpu) -> float:
     work = work_of(operator, sizes, knobs, gpu.multiprocessors)
-    return level0(gpu, work, knobs["num_warps"]).seconds
+    known = known_resources().get((_kind(operator, sizes), json.dumps(dict(knobs))))
+    return level0(gpu, work, knobs["num_warps"], known).seconds
 
 
 def _features(

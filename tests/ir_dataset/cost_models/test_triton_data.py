@@ -29,7 +29,7 @@ from ir_dataset.cost_models.level0 import GPUS
 from ir_dataset.cost_models.ranking import RankingModel
 from ir_dataset.cost_models.triton_data import TritonData, document, load, plain
 from ir_dataset.cost_models.triton_evaluate import held_out, selectors
-from ir_dataset.cost_models.triton_families import FAMILIES, problem
+from ir_dataset.cost_models.triton_families import FAMILIES, Family, problem
 from ir_dataset.cost_models.triton_pack import Pack, planned
 from ir_dataset.cost_models.triton_points import PLAIN
 from ir_dataset.cost_models.triton_ranker import (
@@ -37,6 +37,7 @@ from ir_dataset.cost_models.triton_ranker import (
     TritonRanker,
     fit,
     gpu_of,
+    known_resources,
     launch_seconds,
     shipped_model,
 )
@@ -78,7 +79,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
         configs.append({"config": knobs, "reason": "", "min": told, "median": told})
     first = next(iter(lines.values()))["configs"][3]
     first.update(reason="cuModuleLoadData failed with 1", min=[], median=[])
-    points_told = {"sha256": triton_points.digest(place), "target": "cuda:sm_90"}
+    points_told = {"hash": triton_points.digest(place), "target": "cuda:sm_90"}
     measured = place / "triton-configs.json"
     measured.write_text(json.dumps(document(list(lines.values()), SYNTHETIC, points_told)))
     return Kept(place, measured)
@@ -123,7 +124,7 @@ def test_what_does_not_belong_together_is_refused(kept: Kept, tmp_path: Path) ->
     found = json.loads(kept.measured.read_text())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({**found, "format": 9}, "another format"),
-        ({**found, "points": {"sha256": "0"}}, "is not what was measured"),
+        ({**found, "points": {"hash": "0"}}, "is not what was measured"),
         ({**found, "shapes": found["shapes"][:1]}, "two shapes"),
         ({**found, "shapes": [{**found["shapes"][0], "family": "gemv_row"}]}, "points lack"),
     ]
@@ -140,8 +141,11 @@ def test_what_does_not_belong_together_is_refused(kept: Kept, tmp_path: Path) ->
 
 
 def asked(name: str) -> tuple[Problem, list[Any]]:
-    family = FAMILIES[name]
-    shape = family.shapes[1]
+    return problem_of(FAMILIES[name], 1)
+
+
+def problem_of(family: Family, number: int) -> tuple[Problem, list[Any]]:
+    shape = family.shapes[number]
     return problem(family.make(shape, torch.device("meta"))), family.configurations(shape)
 
 
@@ -176,6 +180,31 @@ def test_level_0_leaves_the_default_where_nothing_is_measured() -> None:
         torch.testing.assert_close(gemv(x, weight), gemv_reference(x, weight), atol=1e-4, rtol=1e-4)
     (choice,) = how.choices.values()
     assert choice.config.block_k == 1024 and UNMEASURED in choice.reason
+
+
+def test_what_the_compiler_said_is_known() -> None:
+    """Configurations that spill are not among the first, although their tiles promise most."""
+    known = known_resources()
+    assert len(known) > 500 and all(0 < one.registers <= 255 for one in known.values())
+    told, every = problem_of(FAMILIES["gemv_row"], 0)
+    kind = ("gemv", 2, told.shape["weight_bytes"], 0, 0, True)
+    spilled = [known[kind, json.dumps(asdict(c))].spilled_bytes for c in every]
+    found = TritonRanker()(told, every, 0)
+    assert any(spilled) and found is not None
+    assert not any(spilled[at] for at in found.order[:10])
+
+
+def test_what_does_not_fit_comes_last_whatever_a_model_says(data: TritonData) -> None:
+    told, every = asked("prefill_attention")
+    model = fit(data)
+    plain_order = TritonRanker(model)(told, every, 0)
+    small = TritonRanker(model, "cuda:sm_86")(told, every, 0)  # 100 KiB of shared memory
+    assert plain_order is not None and small is not None
+    known = known_resources()
+    kind = ("prefill_attention", 2, 2, 64, 0, False)
+    shared = [known[kind, json.dumps(asdict(c))].shared_bytes for c in every]
+    large = [at for at, size in enumerate(shared) if size + 1024 > 102400]
+    assert large and set(small.order[-len(large) :]) == set(large)
 
 
 def test_a_device_is_known_by_its_name() -> None:
