@@ -24,6 +24,10 @@ __all__ = ["Reading", "is_bitcode", "read_module"]
 _MAGIC = (b"BC\xc0\xde", b"\xde\xc0\x17\x0b")
 _FLOAT = re.compile(r"\bf0x([0-9A-Fa-f]+)\b")
 _NARROW = re.compile(r"\b(half|bfloat)\b")
+_INFINITY = re.compile(r"(?<=[ (])([-+])inf\b")
+_TYPE = re.compile(r"\b(half|bfloat|float|double)\b")
+_INFINITIES = {"half": ("0xH7C00", "0xHFC00"), "bfloat": ("0xR7F80", "0xRFF80")}
+_WIDE_INFINITIES = ("0x7FF0000000000000", "0xFFF0000000000000")
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def read_module(
     Args:
         data: bitcode or assembly.
         writer_llvm: version of the LLVM that wrote it, where known.
-        allow_newer: try to read what a newer LLVM wrote; assembly's hexadecimal floats, which LLVM
-            24 spells `f0x…`, are spelled the old way first.
+        allow_newer: try to read what a newer LLVM wrote; assembly's hexadecimal floats and
+            infinities, which LLVM 24 spells `f0x…` and `-inf`, are spelled the old way first.
         max_bytes: larger modules are refused.
     """
     if len(data) > max_bytes:
@@ -137,7 +141,9 @@ def _first_line(text: str) -> str:
 
 
 def _older_floats(line: str) -> str:
-    """LLVM 24's `f0x…` as earlier versions spell it; a float's constant is written as a double's."""
+    """LLVM 24's `f0x…` and `-inf` as earlier versions spell them; a float's constant is a double's."""
+    if "inf" in line:
+        line = _INFINITY.sub(_older_infinity, line)
     if "f0x" not in line:
         return line
 
@@ -153,6 +159,12 @@ def _older_floats(line: str) -> str:
         return match.group()
 
     return _FLOAT.sub(respell, line)
+
+
+def _older_infinity(match: re.Match[str]) -> str:
+    types = _TYPE.findall(match.string, 0, match.start())
+    spelled = _INFINITIES.get(types[-1], _WIDE_INFINITIES) if types else _WIDE_INFINITIES
+    return spelled[match[1] == "-"]
 
 
 def _widen(bits: int) -> int:

@@ -58,8 +58,6 @@ _INSTRUCTION = re.compile(
 _OPERATOR = re.compile(
     r'^\s*(?:%[\w:, ]+ = )?"?((?:tt|ttg|ttng|arith|math|scf|cf|gpu|nvgpu)\.[\w.]+)', re.MULTILINE
 )
-_INFINITY = re.compile(r"(?<=[ (])([-+])inf\b")
-_INFINITIES = {"-": "0xFFF0000000000000", "+": "0x7FF0000000000000"}
 _TTGIR = (
     *"tt.load tt.store tt.dot tt.reduce tt.broadcast tt.expand_dims tt.splat tt.addptr".split(),
     *"tt.trans tt.make_range scf.for scf.if ttg.convert_layout ttg.local_alloc".split(),
@@ -157,8 +155,7 @@ def _llir(text: str, entry: str, llvm: str) -> tuple[str, str, Sequence[float]]:
     from ir_dataset.reader import read_module
 
     nothing = [float("nan")] * len(LLIR)
-    older = "\n".join(map(_older_infinities, text.split("\n")))
-    reading = read_module(older.encode(), writer_llvm=llvm, allow_newer=True)
+    reading = read_module(text.encode(), writer_llvm=llvm, allow_newer=True)
     if reading.reason:
         return reading.reader, reading.reason, nothing
     module = parse_module(reading.text)
@@ -166,13 +163,6 @@ def _llir(text: str, entry: str, llvm: str) -> tuple[str, str, Sequence[float]]:
     if entry not in names:
         return reading.reader, f"no function {entry} among {names}", nothing
     return reading.reader, "", function_features(module)[names.index(entry)].tolist()
-
-
-def _older_infinities(line: str) -> str:
-    """LLVM 24's `-inf` as earlier versions spell it; 16-bit ones, which no kernel has, are left."""
-    if "inf" not in line or "half" in line or "bfloat" in line:
-        return line
-    return _INFINITY.sub(lambda m: _INFINITIES[m.group(1)], line)
 
 
 # --- as a launch specialises ---------------------------------------------------------------------

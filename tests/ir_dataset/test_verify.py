@@ -83,6 +83,22 @@ def test_a_newer_writer_is_refused_unless_allowed():
     assert "fmul float %x, 0x3FF7154760000000" in read.text
 
 
+@pytest.mark.parametrize(
+    ("type_", "wide"),
+    [("half", "0xHFC00"), ("bfloat", "0xRFF80"), ("float", "0xFFF0000000000000")],
+)
+def test_infinities_in_the_older_spelling(type_, wide):
+    text = f"""define <2 x {type_}> @f(i1 %c, {type_} %x) {{
+  %y = select i1 %c, {type_} %x, {type_} -inf
+  %z = fadd {type_} %y, +inf
+  %v = insertelement <2 x {type_}> splat ({type_} -inf), {type_} %z, i32 0
+  ret <2 x {type_}> %v
+}}
+"""
+    read = read_module(text.encode(), writer_llvm="24.0.0git", allow_newer=True)
+    assert not read.reason and read.text.count(wide) == 2 and "inf" not in read.text
+
+
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(0, 2**32 - 1))
 def test_floats_keep_their_value_in_the_older_spelling(bits):
