@@ -112,21 +112,18 @@ def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     ir = np.stack([bodies[key] for key in keys])
     corpus = size_data.read(arguments.dataset)
-    rows: dict[str, Any] = {}
-    for kind, count in (("family", 7), ("shape", 5)):
-        found: dict[str, list[dict[str, float]]] = {}
-        for seed in range(arguments.seeds):
-            learned = Network.fit(corpus.features, list(corpus.sizes.values()), seed=seed).embed(ir)
-            variants = {
-                "level 1": data.groups,
-                "level 1 and IR features": _with(data.groups, ir, "ir"),
-                "level 1 and the corpus's embedding": _with(data.groups, learned, "level2"),
-            }
-            for name, groups in variants.items():
-                told = _held_out(data, groups, kind, count, seed)
-                found.setdefault(f"{name}, held-out {kind}", []).append(told)
-        rows |= {name: _over_seeds(each) for name, each in found.items()}
-    return rows
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(arguments.seeds):
+        learned = Network.fit(corpus.features, list(corpus.sizes.values()), seed=seed).embed(ir)
+        variants = {
+            "level 1": data.groups,
+            "level 1 and IR features": _with(data.groups, ir, "ir"),
+            "level 1 and the corpus's embedding": _with(data.groups, learned, "level2"),
+        }
+        for name, groups in variants.items():
+            told = _held_out(data, groups, "family", 7, seed)
+            found.setdefault(f"{name}, held-out family", []).append(told)
+    return {name: _over_seeds(each) for name, each in found.items()}
 
 
 def _with(groups: Groups, values: np.ndarray, prefix: str) -> Groups:
