@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rewriter.errors import ConfigError
 
@@ -12,8 +15,9 @@ if TYPE_CHECKING:  # commands that need no PyTorch start without it
     import torch
     from torch import Tensor
 
-__all__ = ["check_file", "examples", "parse_dtype", "parse_ids"]
+__all__ = ["check_file", "costed", "examples", "parse_dtype", "parse_ids"]
 
+COSTS = ("none", "roofline", "learned")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -27,6 +31,27 @@ def check_file(path: Path, field: str = "html") -> None:
             return
     except OSError as error:
         raise ConfigError(field, str(path), f"a writable file ({error.strerror})") from error
+
+
+def costed(name: str) -> AbstractContextManager[Any]:
+    """`rewriter.cost.costing` with the model of this name, or nothing for "none". Raises ConfigError."""
+    if name not in COSTS:
+        raise ConfigError("cost", name, f"one of {', '.join(COSTS)}")
+    if name == "none":
+        return contextlib.nullcontext()
+    from rewriter.cost import costing
+
+    if name == "roofline":
+        from rewriter.cost.roofline import Roofline
+
+        return costing(Roofline())
+    if importlib.util.find_spec("lightgbm") is None:
+        raise ConfigError(
+            "cost", name, "none or roofline; learned needs pip install 'rewriter[ir]'"
+        )
+    from ir_dataset.cost_models.alternatives import LearnedModel
+
+    return costing(LearnedModel.load())
 
 
 def examples(shapes: list[str] | None) -> tuple[Tensor, ...] | None:

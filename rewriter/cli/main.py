@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ir_dataset.cli import app as ir
-from rewriter.cli.arguments import check_file, examples, parse_ids
+from rewriter.cli.arguments import check_file, costed, examples, parse_ids
 from rewriter.cli.console import guarded, out, stages, write_json
 from rewriter.errors import ConfigError
 from rewriter.export.formats import artifact_kind
@@ -72,6 +72,12 @@ def optimize(
     backend: Annotated[str, typer.Option(help="auto, eager, inductor, cpu or triton")] = "auto",
     verify: Annotated[bool, typer.Option(help="check every rewrite")] = True,
     strict: Annotated[bool, typer.Option(help="a pass that matches nothing is an error")] = False,
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="predict times by this model and leave out what surely loses: roofline, learned"
+        ),
+    ] = "none",
     html: Annotated[Path | None, typer.Option(help="write the report to this file")] = None,
     input_shape: Shape = None,
     as_json: AsJson = False,
@@ -90,7 +96,7 @@ def optimize(
             check_target(output)
         if html is not None:
             check_file(html)
-        with stages() as on_stage:
+        with costed(cost), stages() as on_stage:
             optimized = run(
                 model,
                 examples(input_shape),

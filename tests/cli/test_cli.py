@@ -7,7 +7,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from rewriter.cli.arguments import costed
 from rewriter.cli.main import app
+from rewriter.cost.context import current
 
 PROBLEM = "tom has 1 4 apples . gets 2 5 more . loses 7 . how many ?"
 
@@ -91,6 +93,7 @@ def test_golden_tokens_on_the_command_line(stories260k):
         (("optimize", "/nowhere"), "/nowhere"),
         (("optimize", "/nowhere", "-p", "nope"), "nope"),
         (("optimize", "/nowhere", "--backend", "cuda"), "backend='cuda'"),
+        (("optimize", "/nowhere", "--cost", "guess"), "cost='guess'"),
         (("optimize", "no.such:factory"), "no.such"),
         (("explain", "/nowhere"), "/nowhere"),
         (("generate", "/nowhere", "--prompt-ids", "1 x"), "1 x"),
@@ -104,6 +107,17 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message):
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", ["roofline", "learned"])
+def test_costs_by_name(name):
+    if name == "learned":
+        pytest.importorskip("lightgbm", reason="pip install 'rewriter[ir]'")
+    with costed(name):
+        found = current()
+        assert found is not None and found.model.name == name
+    with costed("none"):
+        assert current() is None
 
 
 def test_an_occupied_output_is_refused_before_any_work(tmp_path, trial_reasoner):
