@@ -107,7 +107,7 @@ def configuration_features(
         "block_bytes": block * rows * 4.0,
         "log_tile_bytes": np.log2(block * c.rows * 4.0),
         "log_block_bytes": np.log2(block * rows * 4.0),
-        **_misses(family, shape, lines=int(block), together=strip),
+        **_misses(family, shape, lines=int(block), together=strip, threads=c.threads),
         **code,
         "mca_per_element": code["mca_cycles"] / (c.rows * strip),
         "instructions_per_element": code["loop_instructions"] / (c.rows * strip),
@@ -115,7 +115,9 @@ def configuration_features(
     }
 
 
-def _misses(family: Family, shape: Shape, *, lines: int, together: int) -> dict[str, float]:
+def _misses(
+    family: Family, shape: Shape, *, lines: int, together: int, threads: int
+) -> dict[str, float]:
     """What stores that walk down columns miss: a block's lines have to stay until each is full.
 
     Args:
@@ -128,10 +130,13 @@ def _misses(family: Family, shape: Shape, *, lines: int, together: int) -> dict[
     def sets(count: int, of: int) -> int:
         return len(np.unique(np.arange(count) * apart // 64 % of))
 
-    kept = [sets(lines, of) * ways / lines for of, ways in CACHE_SETS]
+    ways = [*CACHE_SETS, *((of, ways / 2) for of, ways in CACHE_SETS)]  # half: the input wants some
+    kept = [sets(lines, of) * ways / lines for of, ways in ways]
     kept.append(KNOWN_PAGES / max(lines * min(apart / 4096, 1.0), 1.0))
     on_a_set = together / sets(together, CACHE_SETS[0][0]) - 1.0
-    told = (*(max(0.0, 1.0 - share) for share in kept), on_a_set)
+    border = shape.rows // 8 // 2 * 8  # where one thread's rows end and another's begin
+    shared = min(16 / shape.rows, 1.0) if threads > 1 and border % 16 else 0.0
+    told = (*(max(0.0, 1.0 - share) for share in kept), on_a_set, shared)
     return dict(zip(work_terms.MISSES, told, strict=True))
 
 

@@ -10,7 +10,7 @@ __all__ = ["CPU", "SHIPPED_SIZE"]
 
 CPU = Settings(
     members=3,
-    trees=200,
+    trees=400,
     leaves=24,
     ranker_weight=0.5,
     kernel_features=KERNEL,

@@ -20,7 +20,10 @@ CACHES = (32e3, 48e3, 512e3, 2e6)
 """Bytes of a thread's share beyond which cells cost more: around the sizes of first and second level."""
 LEAST_SHAPES = 5
 """Measured shapes below which nothing is fitted."""
-MISSES = ("misses_first_cache", "misses_second_cache", "misses_pages", "lines_on_a_set")
+MISSES = (
+    *("misses_first_cache", "misses_second_cache", "misses_half_first", "misses_half_second"),
+    *("misses_pages", "lines_on_a_set", "shared_lines"),
+)
 
 
 def work_terms(features: Floats, names: tuple[str, ...]) -> Floats:

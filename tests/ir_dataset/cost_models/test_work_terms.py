@@ -65,6 +65,7 @@ def test_stores_down_columns_meet_in_a_few_sets() -> None:
         return {name: found[name] for name in work_terms.MISSES}
 
     page, odd = misses(1024), misses(1040)
+    assert misses(16)["shared_lines"] == 1.0 and misses(32)["shared_lines"] == 0.0
     assert page["misses_first_cache"] > 0.9 > odd["misses_first_cache"]
     assert page["lines_on_a_set"] == 15.0 and odd["lines_on_a_set"] < 1.0
     plain = configuration_features(FAMILIES["gemv"], Shape(1024, 256), DEFAULT, NO_CODE)
