@@ -163,6 +163,7 @@ def _by_llvmlite(data: bytes, kind: str, show_unused: bool) -> tuple[bytes, str]
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
+    llvm.initialize_native_asmparser()  # start code has inline assembly
     context = llvm.create_context()
     module = llvm.parse_bitcode(data, context=context)
     if show_unused:

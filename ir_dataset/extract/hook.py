@@ -33,6 +33,7 @@ def install_hook(
 ) -> dict[str, str]:
     """Write the shim into `directory/shim`, under every name a C compiler has on this machine.
 
+    Where there is none, the writer of the bitcode does the build as well, under the usual names.
     Bitcode will lie in `directory/drop`, sources in `directory/src`.
 
     Args:
@@ -53,7 +54,9 @@ def install_hook(
     place = directory / "shim"
     for folder in (place, directory / "drop"):
         folder.mkdir(exist_ok=True)
+    names = _compiler_names()
     settings = {
+        "instead": not names,
         "drop": str(seen_as / "drop"),
         "root": str(root or seen_as / "src"),
         "c": [*compiler.c, *plain_flags(compiler)],
@@ -71,7 +74,7 @@ def install_hook(
     text = Path(shim.__file__).read_text(encoding="utf-8")
     script.write_text(f"#!{python} -IS\n{text}", encoding="utf-8")
     script.chmod(0o755)
-    for name in _compiler_names():
+    for name in names or _NAMES:
         (place / name).unlink(missing_ok=True)
         os.link(script, place / name)  # a symbolic link would be resolved by some build systems
     cache = str(seen_as / "home" / "zig-cache")

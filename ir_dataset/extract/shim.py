@@ -79,14 +79,15 @@ def main() -> int:
         _extract(_settings(here), arguments[0], arguments[1:])
         return 0
     real = _find(name, here)
-    if real is None:
+    settings = _settings(here) if real is None or _may_compile(arguments) else {}
+    if real is None and not settings.get("instead"):
         sys.stderr.write(f"{name}: command not found\n")
         return 127
+    compiler = [real] if real else settings["cxx" if name.endswith("++") else "c"]
     if not _may_compile(arguments):
-        os.execv(real, [real, *arguments])
-    settings = _settings(here)
+        os.execv(compiler[0], [*compiler, *arguments])
     embed = settings.get("embed", False)
-    status = _run(_embedding(settings, name, arguments) if embed else [real, *arguments])
+    status = _run(_embedding(settings, name, arguments) if embed else [*compiler, *arguments])
     if status == 0 and settings and (not embed or "-c" in arguments):
         try:
             _extract(settings, name, arguments)

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from ir_dataset.extract import hook
 from ir_dataset.extract.embed import unpack_embedded
 from ir_dataset.extract.hook import install_hook
 from ir_dataset.toolchain import CCompiler, Toolchain
@@ -61,6 +62,19 @@ def test_objects_are_those_of_the_real_compiler(build):
     subprocess.run([real, "-O1", "-c", "a.c", "-o", "real.o"], cwd=build.tree, check=True)
     assert build.call("gcc", "-O1", "-c", "a.c", "-o", "a.o").returncode == 0
     assert (build.tree / "a.o").read_bytes() == (build.tree / "real.o").read_bytes()
+
+
+def test_the_writer_builds_where_there_is_no_other_compiler(tmp_path, monkeypatch):
+    if WRITER is None:
+        pytest.skip("needs clang or zig of the pinned LLVM")
+    monkeypatch.setattr(hook, "_compiler_names", list)
+    bare = Build(tmp_path)
+    (bare.tree / "a.cpp").write_text("int twice(int x) { return 2 * x; }\n")
+    bare.environment["PATH"] = str(tmp_path / "shim")
+    done = bare.call(str(tmp_path / "shim" / "g++"), "-O1", "-c", "a.cpp", "-o", "a.o")
+    assert done.returncode == 0 and (bare.tree / "a.o").read_bytes()[:4] == b"\x7fELF"
+    assert [unit["source_path"] for unit in bare.units()] == ["a.cpp"]
+    assert "clang" in bare.call(str(tmp_path / "shim" / "cc"), "--version").stdout
 
 
 def test_bitcode_is_unoptimised_and_described(build):
