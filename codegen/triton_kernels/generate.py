@@ -206,15 +206,13 @@ def launch(text: str, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
     kernel[grid](*arguments, num_warps=how["num_warps"], num_stages=how["num_stages"])
 
 
-@functools.lru_cache(maxsize=512)
-def described(kernel: Kernel, description: KernelDescription) -> str:
-    """The kernel's text for a description, made once."""
-    return kernel.source(description)
-
-
 @functools.lru_cache(maxsize=4096)
-def _configured(kernel: Any, description: KernelDescription, config: Any) -> str:
-    return kernel.configured_source(description, config)
+def described(kernel: Kernel, description: KernelDescription, config: Any = None) -> str:
+    """The kernel's text for a description, made once; `config` of a `TunedKernel`, None = as it ships."""
+    if config is None:
+        return kernel.source(description)
+    tuned: Any = kernel
+    return tuned.configured_source(description, config)
 
 
 def run(
@@ -224,11 +222,8 @@ def run(
     arguments: Sequence[Any],
     config: Any = None,
 ) -> None:
-    """`launch` the text of a description; `config` of a `TunedKernel`, None = the one that ships."""
-    if config is None or config == kernel.config_for(description):  # type: ignore[attr-defined]
-        launch(described(kernel, description), grid, arguments)
-    else:
-        launch(_configured(kernel, description, config), grid, arguments)
+    """`launch` the text of a description."""
+    launch(described(kernel, description, config), grid, arguments)
 
 
 def pointer(dtype: torch.dtype, alignment: int = 16) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,8 +58,8 @@ def mutated(old: str, new: str) -> Iterator[None]:
     """
     described, met = generate.described, []
 
-    def change(kernel: Kernel, description: KernelDescription) -> str:
-        text = described(kernel, description)
+    def change(kernel: Kernel, description: KernelDescription, config: Any = None) -> str:
+        text = described(kernel, description, config)
         met.append(old in text)
         return text.replace(old, new)
 
