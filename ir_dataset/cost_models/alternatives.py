@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ir_dataset.cost_models import stored
+from ir_dataset.cost_models import boosting, stored
 from ir_dataset.cost_models.alternatives_data import AlternativesData, Row
 from rewriter.cost.cost import Cost
 from rewriter.cost.model import Estimate
@@ -34,11 +34,6 @@ __all__ = ["NAMES", "LearnedModel", "Settings", "as_run", "features", "kind_of"]
 
 Floats = NDArray[np.float64]
 
-OPERATORS = (
-    *("linear", "attention", "grouped_attention", "streaming_attention"),
-    *("gated_mlp", "gathered_mlp"),
-)
-BACKENDS = ("eager", "cpu")
 NAMES = (
     *("log_flops", "log_bytes", "log_roofline", "intensity", "launches", "threads"),
     *(f"log_{name}" for name in SIZES),
@@ -267,21 +262,14 @@ class LearnedModel:
 def _grown(table: Floats, goal: Floats, settings: Settings, seed: int) -> lightgbm.Booster:
     import lightgbm
 
-    parameters = {
-        "objective": "regression",
-        "num_leaves": settings.leaves,
-        "learning_rate": settings.rate,
-        "min_data_in_leaf": 5,
-        "feature_fraction": 0.8,
-        "bagging_fraction": 0.8,
-        "bagging_freq": 1,
-        "lambda_l2": 1.0,
-        "verbosity": -1,
-        "seed": seed,
-        "deterministic": True,
-        "force_row_wise": True,
-        "num_threads": 1,
-    }
+    parameters = boosting.parameters(
+        seed,
+        leaves=settings.leaves,
+        rate=settings.rate,
+        objective="regression",
+        min_data_in_leaf=5,
+        feature_fraction=0.8,
+    )
     return lightgbm.train(
         parameters, lightgbm.Dataset(table, goal, feature_name=list(NAMES)), settings.trees
     )

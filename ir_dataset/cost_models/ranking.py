@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ir_dataset.cost_models import stored
+from ir_dataset.cost_models import boosting, stored
 from rewriter.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -267,21 +267,15 @@ class RankingModel:
         )
 
 
-def _parameters(settings: Settings, seed: int) -> dict[str, Any]:
-    return {
-        "num_leaves": settings.leaves,
-        "learning_rate": settings.rate,
-        "min_data_in_leaf": 12,
-        "feature_fraction": 0.7,
-        "bagging_fraction": 0.8,
-        "bagging_freq": 1,
-        "lambda_l2": 1.0,
-        "verbosity": -1,
-        "seed": seed,
-        "deterministic": True,
-        "force_row_wise": True,
-        "num_threads": 1,
-    }
+def _parameters(settings: Settings, seed: int, **others: Any) -> dict[str, Any]:
+    return boosting.parameters(
+        seed,
+        leaves=settings.leaves,
+        rate=settings.rate,
+        min_data_in_leaf=12,
+        feature_fraction=0.7,
+        **others,
+    )
 
 
 def _regressor(data: Groups, settings: Settings, seed: int) -> lightgbm.Booster:
@@ -292,7 +286,7 @@ def _regressor(data: Groups, settings: Settings, seed: int) -> lightgbm.Booster:
     weight = np.exp(-_HEAD * slower) + 0.05
     goal = np.minimum(slower, _FAR)
     table = lightgbm.Dataset(data.features, goal, weight=weight, feature_name=list(data.names))
-    parameters = {**_parameters(settings, seed), "objective": "regression"}
+    parameters = _parameters(settings, seed, objective="regression")
     return lightgbm.train(parameters, table, settings.trees)
 
 
@@ -307,12 +301,13 @@ def _ranker(data: Groups, settings: Settings, seed: int) -> lightgbm.Booster:
         slower = data.seconds[rows] / data.seconds[rows].min()
         labels[rows] = np.searchsorted(-_GRADES, -slower, side="left")
     table = lightgbm.Dataset(data.features, labels, group=sizes, feature_name=list(data.names))
-    parameters = {
-        **_parameters(settings, seed),
-        "objective": "lambdarank",
-        "lambdarank_truncation_level": 12,
-        "label_gain": [2**grade - 1 for grade in range(len(_GRADES) + 1)],
-    }
+    parameters = _parameters(
+        settings,
+        seed,
+        objective="lambdarank",
+        lambdarank_truncation_level=12,
+        label_gain=[2**grade - 1 for grade in range(len(_GRADES) + 1)],
+    )
     return lightgbm.train(parameters, table, settings.trees)
 
 

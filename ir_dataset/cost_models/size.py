@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ir_dataset.cost_models import stored
+from ir_dataset.cost_models import boosting, stored
 from rewriter.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -310,21 +310,14 @@ def _train(
 ) -> lightgbm.Booster:
     import lightgbm
 
-    parameters = {
-        "objective": "quantile",
-        "alpha": quantile,
-        "num_leaves": settings.leaves,
-        "learning_rate": settings.rate,
-        "min_data_in_leaf": 20,
-        "feature_fraction": 0.5,
-        "bagging_fraction": 0.8,
-        "bagging_freq": 1,
-        "lambda_l2": 1.0,
-        "max_bin": 127,
-        "verbosity": -1,
-        "seed": seed,
-        "deterministic": True,
-        "force_row_wise": True,
-        "num_threads": 1,
-    }
+    parameters = boosting.parameters(
+        seed,
+        leaves=settings.leaves,
+        rate=settings.rate,
+        objective="quantile",
+        alpha=quantile,
+        min_data_in_leaf=20,
+        feature_fraction=0.5,
+        max_bin=127,
+    )
     return lightgbm.train(parameters, lightgbm.Dataset(features, rest), settings.trees)
