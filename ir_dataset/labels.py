@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ir_dataset.elf_symbols import function_sizes
+from ir_dataset.reader import is_bitcode, read_module
 from ir_dataset.records import Record
 from ir_dataset.store import Store
 from ir_dataset.toolchain import LLVM_MAJOR, Toolchain
@@ -77,7 +78,7 @@ def label_module(
         SourceError: there is neither `opt` with `llc`, nor llvmlite.
     """
     tools = toolchain or Toolchain.find()
-    data = store.get(sha)
+    data = _with_unused_shown(store.get(sha)) if show_unused else store.get(sha)
     sizes: list[FunctionSizes] = []
     failures: list[LabelFailure] = []
     if tools.reads("opt") and tools.reads("llc"):
@@ -91,9 +92,9 @@ def label_module(
     for kind in ways:
         try:
             if "Oz" in ways:
-                built, said = _by_tools(data, kind, tools, timeout_s, show_unused)
+                built, said = _by_tools(data, kind, tools, timeout_s)
             else:
-                built, said = _by_llvmlite(data, kind, show_unused)
+                built, said = _by_llvmlite(data, kind)
             found = sorted(function_sizes(built).items())
         except (ArtifactError, subprocess.TimeoutExpired, RuntimeError, OSError) as error:
             failures.append(LabelFailure(kind=kind, reason=_reason(error)))
@@ -115,18 +116,11 @@ def _reason(error: Exception) -> str:
     return str(error).strip()[:300]
 
 
-def _by_tools(
-    data: bytes, kind: str, tools: Toolchain, timeout_s: float, show_unused: bool
-) -> tuple[bytes, str]:
+def _by_tools(data: bytes, kind: str, tools: Toolchain, timeout_s: float) -> tuple[bytes, str]:
     opt, llc = tools.need("opt"), tools.need("llc")
     with tempfile.TemporaryDirectory(prefix="label-") as directory:
         place = Path(directory)
         (place / "in.bc").write_bytes(data)
-        if show_unused:
-            _run([str(opt), "-passes=", "-S", "in.bc", "-o", "in.ll"], place, timeout_s)
-            text = (place / "in.ll").read_text(encoding="utf-8", errors="surrogateescape")
-            shown = _with_unused_shown(text).encode("utf-8", "surrogateescape")
-            (place / "in.bc").write_bytes(shown)
         _run([str(opt), f"-passes=default<{kind}>", "in.bc", "-o", "opt.bc"], place, timeout_s)
         _run([str(llc), *_CODEGEN, "opt.bc", "-o", "out.o"], place, timeout_s)
         built = (place / "out.o").read_bytes()
@@ -146,28 +140,35 @@ _NAME = re.compile(r'@(?:"[^"]*"|[-\w$.]+)')
 _HIDDEN = re.compile(r"^(define |@.*? = )(internal|private) (.*)$", re.MULTILINE)
 
 
-def _with_unused_shown(text: str) -> str:
-    """A module's text with `internal` and `private` gone where a name stands in its definition alone."""
-    uses = Counter(_NAME.findall(text))
+def _with_unused_shown(module: bytes) -> bytes:
+    """As text, with `internal` and `private` gone where a name stands in its definition alone.
+
+    A module that cannot be read comes back as it is.
+    """
+    reading = read_module(module)
+    if reading.reason:
+        return module
+    uses = Counter(_NAME.findall(reading.text))
 
     def shown(found: re.Match[str]) -> str:
         name = _NAME.search(found[0])
         unused = name is not None and uses[name[0]] == 1
         return found[1] + found[3] if unused else found[0]
 
-    return _HIDDEN.sub(shown, text)
+    return _HIDDEN.sub(shown, reading.text).encode("utf-8", "surrogateescape")
 
 
-def _by_llvmlite(data: bytes, kind: str, show_unused: bool) -> tuple[bytes, str]:
+def _by_llvmlite(data: bytes, kind: str) -> tuple[bytes, str]:
     import llvmlite.binding as llvm
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     llvm.initialize_native_asmparser()  # start code has inline assembly
     context = llvm.create_context()
-    module = llvm.parse_bitcode(data, context=context)
-    if show_unused:
-        module = llvm.parse_assembly(_with_unused_shown(str(module)), context=context)
+    if is_bitcode(data):
+        module = llvm.parse_bitcode(data, context=context)
+    else:
+        module = llvm.parse_assembly(data.decode("utf-8", "surrogateescape"), context=context)
     # the large code model that is a JIT's default puts code into .ltext
     machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=2, codemodel="small")
     if kind == "Os-attr":

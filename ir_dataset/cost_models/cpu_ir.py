@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ir_dataset.cost_models.cpu_families import FAMILIES
 from ir_dataset.cost_models.cpu_loops import CONFIGURATIONS, Family, body_name, source
-from ir_dataset.extract.hook import plain_flags
+from ir_dataset.extract.hook import unoptimised
 from ir_dataset.features import FEATURES, function_features
 from ir_dataset.ir_text import parse_module
 from ir_dataset.reader import read_module
@@ -50,8 +50,7 @@ def ir_rows(
 
 def _text(family: Family) -> str:
     compiler = Toolchain.find().need_c_compiler()
-    command = [*compiler.cxx, *plain_flags(compiler), "-O2", "-g0", "-w", "-Xclang"]
-    command += ["-disable-llvm-passes", "-emit-llvm", "-c", "-x", "c++", "-o", "-", "-"]
+    command = [*unoptimised(compiler, cxx=True), "-x", "c++", "-o", "-", "-"]
     text = source(family, driver=False).encode()
     run = subprocess.run(command, input=text, capture_output=True, check=True)
     reading = read_module(run.stdout, writer_llvm="", allow_newer=True)

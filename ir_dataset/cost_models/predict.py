@@ -15,7 +15,7 @@ from pathlib import Path
 from ir_dataset.cost_models import stored
 from ir_dataset.cost_models.size import KINDS, SizeAnswer, SizeModel
 from ir_dataset.executor import LocalExecutor, Outcome, Work
-from ir_dataset.extract.hook import plain_flags
+from ir_dataset.extract.hook import unoptimised
 from ir_dataset.features import FEATURES, ModuleFeatures
 from ir_dataset.records import decode, encode
 from ir_dataset.stages import STAGES, ModuleInput
@@ -109,11 +109,9 @@ def _features(path: Path, data: bytes) -> ModuleFeatures:
 def _compile(path: Path) -> bytes:
     """Unoptimised bitcode, as for -O2 before LLVM's first pass."""
     compiler = Toolchain.find().need_c_compiler()
-    writer = compiler.cxx if path.suffix in _CXX else compiler.c
     with tempfile.TemporaryDirectory(prefix="rewriter-") as place:
         target = Path(place) / "module.bc"
-        command = [*writer, *plain_flags(compiler), "-O2", "-g0", "-w", "-Xclang"]
-        command += ["-disable-llvm-passes", "-emit-llvm", "-c", str(path), "-o", str(target)]
+        command = [*unoptimised(compiler, cxx=path.suffix in _CXX), str(path), "-o", str(target)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_SECONDS, check=False

@@ -14,7 +14,7 @@ from pathlib import Path
 from ir_dataset.extract import shim
 from ir_dataset.toolchain import CCompiler
 
-__all__ = ["install_hook", "plain_flags"]
+__all__ = ["install_hook", "unoptimised"]
 
 _NAMES = ("gcc", "g++", "cc", "c++", "clang", "clang++", "c89", "c99")
 _VERSIONED = re.compile(r"(?:\w+-linux-gnu\w*-)?(?:gcc|g\+\+|clang|clang\+\+)(?:-\d+)?")
@@ -59,8 +59,8 @@ def install_hook(
         "instead": not names,
         "drop": str(seen_as / "drop"),
         "root": str(root or seen_as / "src"),
-        "c": [*compiler.c, *plain_flags(compiler)],
-        "cxx": [*compiler.cxx, *plain_flags(compiler)],
+        "c": [*compiler.c, *_plain(compiler)],
+        "cxx": [*compiler.cxx, *_plain(compiler)],
         "zig": compiler.kind == "zig",
         "aliases": [
             *aliases,
@@ -85,7 +85,14 @@ def install_hook(
     }
 
 
-def plain_flags(compiler: CCompiler) -> list[str]:
+def unoptimised(compiler: CCompiler, *, cxx: bool) -> list[str]:
+    """Writes bitcode as for -O2 before LLVM's first pass; source and output are still to be named."""
+    writer = compiler.cxx if cxx else compiler.c
+    flags = ("-O2", "-g0", "-w", "-Xclang", "-disable-llvm-passes", "-emit-llvm", "-c")
+    return [*writer, *_plain(compiler), *flags]
+
+
+def _plain(compiler: CCompiler) -> list[str]:
     """Zig compiles for this very machine, with checks and without assertions, unless told."""
     if compiler.kind != "zig":
         return []

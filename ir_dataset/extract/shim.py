@@ -79,12 +79,13 @@ def main() -> int:
         _extract(_settings(here), arguments[0], arguments[1:])
         return 0
     real = _find(name, here)
-    settings = _settings(here) if real is None or _may_compile(arguments) else {}
+    compiles = _may_compile(arguments)
+    settings = _settings(here) if real is None or compiles else {}
     if real is None and not settings.get("instead"):
         sys.stderr.write(f"{name}: command not found\n")
         return 127
     compiler = [real] if real else settings["cxx" if name.endswith("++") else "c"]
-    if not _may_compile(arguments):
+    if not compiles:
         os.execv(compiler[0], [*compiler, *arguments])
     embed = settings.get("embed", False)
     status = _run(_embedding(settings, name, arguments) if embed else [*compiler, *arguments])

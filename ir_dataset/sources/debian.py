@@ -18,7 +18,7 @@ from ir_dataset.extract.build import HookedBuild, why
 from ir_dataset.extract.sandbox import Sandbox
 from ir_dataset.records import BuildResult, Fetched, License, Package, StoredFile
 from ir_dataset.sources.apt import PROFILES, Apt
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -222,10 +222,7 @@ def unpack(
     environment: Mapping[str, str],
 ) -> None:
     """Into `src`, as the user that builds: patches and archives are foreign too."""
-    packed = workspace / "packed"
-    packed.mkdir()
-    for file in fetched.files:
-        shutil.copyfile(store.path(file.sha256), packed / file.name)
+    lay_out(fetched.files, store, workspace / "packed")
     (dsc,) = (file.name for file in fetched.files if file.name.endswith(".dsc"))
     command = ["dpkg-source", "--no-check", "--no-copy", "-x", f"../packed/{dsc}", "tree"]
     finished = sandbox.run(command, environment)

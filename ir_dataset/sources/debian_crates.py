@@ -31,7 +31,7 @@ from ir_dataset.records import (
     TranslationUnit,
 )
 from ir_dataset.sources.apt import Apt
-from ir_dataset.sources.source import BuildLimits, build_result, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -307,10 +307,7 @@ def _release(sysroot: Path) -> str:
 
 def _lay_out(fetched: Fetched, store: Store, workspace: Path, sandbox: Sandbox) -> None:
     """Unpack the packages into `src`, and write the empty crate."""
-    packed = workspace / "packed"
-    packed.mkdir()
-    for file in fetched.files:
-        shutil.copyfile(store.path(file.sha256), packed / file.name)
+    lay_out(fetched.files, store, workspace / "packed")
     loop = 'for one in ../packed/*.deb; do dpkg-deb -x "$one" . || exit 1; done'
     finished = sandbox.run(["sh", "-c", loop], _PATH)
     if finished.status or finished.limit:

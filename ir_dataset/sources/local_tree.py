@@ -7,7 +7,6 @@ is no clang and no LLVM.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from ir_dataset.records import (
     TranslationUnit,
     digest,
 )
-from ir_dataset.sources.source import BuildLimits, build_result, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -109,10 +108,7 @@ class LocalTree:
     ) -> BuildResult:
         """Compile and assemble each file by itself."""
         tree = workspace / "src"
-        for file in fetched.files:
-            place = tree / file.name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(store.path(file.sha256), place)
+        lay_out(fetched.files, store, tree)
         units, failures = _compile(fetched, store, workspace, toolchain, limits)
         for file in fetched.files:
             if file.name.endswith(_MODULES):

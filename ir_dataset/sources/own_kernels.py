@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import mmap
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +29,7 @@ from ir_dataset.records import (
 )
 from ir_dataset.sources.inductor_texts import HEADERS, inductor_texts, why_no_inductor
 from ir_dataset.sources.kernel_texts import cpp_texts, triton_texts
-from ir_dataset.sources.source import BuildLimits, build_result, convert_options
+from ir_dataset.sources.source import BuildLimits, build_result, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -273,8 +272,7 @@ def _build_cpp(
     tree = workspace / "src"
     (tree / "openmp").mkdir(parents=True)
     (tree / "openmp" / "omp.h").write_text(_OPENMP)
-    for file in fetched.files:
-        shutil.copyfile(store.path(file.sha256), tree / file.name)
+    lay_out(fetched.files, store, tree)
     inductor = fetched.package.options["part"] == "inductor"
     include, shown = (), ()
     if inductor:

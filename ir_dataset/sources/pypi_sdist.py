@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import email.parser
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +25,7 @@ from ir_dataset.extract.batch import sandbox_of
 from ir_dataset.extract.build import HookedBuild
 from ir_dataset.records import BuildResult, Fetched, License, Package, StoredFile
 from ir_dataset.sources.archive import unpack_source
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -123,11 +122,9 @@ class PypiSdist:
         aliases = [(str(headers.parent), "/usr/include"), (sys.prefix, "/usr")]
         compiler = toolchain.need_c_compiler()
         build = HookedBuild.prepare(workspace, compiler, limits, aliases=aliases)
-        archive, *wheels = fetched.files
+        archive = fetched.files[0]
         packed = workspace / "packed"
-        packed.mkdir()
-        for file in (archive, *wheels):
-            shutil.copyfile(store.path(file.sha256), packed / file.name)
+        lay_out(fetched.files, store, packed)
         unpack_source(packed / archive.name, workspace)
         command = [*_PIP, "wheel", "--no-deps", "--no-index", "--no-cache-dir", "--find-links"]
         command += ["../packed", "--wheel-dir", "../tmp", "-v", "."]

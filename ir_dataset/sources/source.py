@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,19 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
-from ir_dataset.records import BuildFailure, BuildResult, Fetched, Package, TranslationUnit
+from ir_dataset.records import (
+    BuildFailure,
+    BuildResult,
+    Fetched,
+    Package,
+    StoredFile,
+    TranslationUnit,
+)
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError
 
-__all__ = ["BuildLimits", "Source", "build_result", "convert_options"]
+__all__ = ["BuildLimits", "Source", "build_result", "convert_options", "lay_out"]
 
 Options = TypeVar("Options")
 
@@ -91,6 +99,14 @@ def convert_options(options: Mapping[str, Any], kind: type[Options], allowed: st
         return msgspec.convert(options, kind)
     except msgspec.ValidationError as error:
         raise ConfigError("source", dict(options), f"{allowed} ({error})") from error
+
+
+def lay_out(files: Iterable[StoredFile], store: Store, into: Path) -> None:
+    """Copies of stored files below a directory, by their names."""
+    for file in files:
+        place = into / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(store.path(file.sha256), place)
 
 
 def build_result(

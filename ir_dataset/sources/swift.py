@@ -37,7 +37,7 @@ from ir_dataset.records import (
 )
 from ir_dataset.sources.archive import download, pack, unpack_into, unpack_source
 from ir_dataset.sources.local_tree import own_license, sha256_of
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -238,10 +238,7 @@ def _dependencies(sandbox: Sandbox, swift: Path, name: str) -> list[Any]:
 
 
 def _lay_out(fetched: Fetched, store: Store, tree: Path) -> None:
-    for file in fetched.files:
-        place = tree / file.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(store.path(file.sha256), place)
+    lay_out(fetched.files, store, tree)
     resolved = tree / ".build" / _RESOLVED
     if resolved.is_file():
         unpack_into(resolved, tree)

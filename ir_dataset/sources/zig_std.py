@@ -11,7 +11,6 @@ the tests do not compile (the wheel has some of their helpers empty) the declara
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ import msgspec
 
 from ir_dataset.extract.batch import OUTPUT, Batch, BatchUnit, sandbox_of
 from ir_dataset.records import BuildResult, Fetched, License, Package, TranslationUnit
-from ir_dataset.sources.source import BuildLimits, convert_options
+from ir_dataset.sources.source import BuildLimits, convert_options, lay_out
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
 from rewriter.errors import ConfigError, SourceError
@@ -188,11 +187,10 @@ def _lay_out(fetched: Fetched, store: Store, tree: Path, library: Path) -> dict[
     for beside in library.iterdir():
         if beside.name != "std":
             (lib / beside.name).symlink_to(beside)
+    lay_out(fetched.files, store, lib)
     hashes = {}
     for file in fetched.files:
         place = lib / file.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(store.path(file.sha256), place)
         hashes[file.name.removeprefix("std/")] = file.sha256
         if place.suffix == ".zig":
             place.write_text(_named(place.read_text(encoding="utf-8")), encoding="utf-8")
