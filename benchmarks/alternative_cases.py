@@ -20,7 +20,7 @@ from codegen.cpp_kernels.gathered_mlp import gathered_mlp
 from codegen.cpp_kernels.gemv import gemv
 from codegen.kernel import KernelDescription
 from rewriter.cost.cost import Cost
-from rewriter.cost.work import Work, linear_work
+from rewriter.cost.work import Work, dtype_name, linear_work
 from rewriter.dialect import OPS
 from rewriter.dialect.int8 import Int8Matrix
 from rewriter.dialect.linear import linear
@@ -117,15 +117,15 @@ def _linear(pool: Pool, rows: int, out_size: int, in_size: int, dtype: torch.dty
     def scaled() -> Tensor:
         return functional.linear(x.float(), narrow(0).weight.float()) * scale
 
-    wide = linear_work(rows, out_size, in_size, _name(dtype), _name(dtype))
-    int8 = linear_work(rows, out_size, in_size, _name(dtype), "int8")
+    wide = linear_work(rows, out_size, in_size, dtype_name(dtype), dtype_name(dtype))
+    int8 = linear_work(rows, out_size, in_size, dtype_name(dtype), "int8")
     cases = (
         Case(wide, "eager", lambda turn: linear(x, pool.at(turn, shape, dtype)), plain),
         Case(wide, "cpu", lambda turn: gemv(x, pool.at(turn, shape, dtype)), plain),
         Case(int8, "eager", lambda turn: linear(x, narrow(turn)), scaled),
         Case(int8, "cpu", lambda turn: gemv(x, *narrow(turn)), scaled),
     )
-    return Site(f"linear {_name(dtype)} {out_size}x{in_size} rows={rows}", cases)
+    return Site(f"linear {dtype_name(dtype)} {out_size}x{in_size} rows={rows}", cases)
 
 
 def _attention(pool: Pool, shape: AttentionShape, batch_size: int) -> Site:
@@ -133,7 +133,7 @@ def _attention(pool: Pool, shape: AttentionShape, batch_size: int) -> Site:
     cases = [c for kv_len in lengths for c in _dense(pool, shape, batch_size, kv_len)]
     cases += [c for budget in _BUDGETS for c in _bounded(pool, shape, batch_size, budget)]
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
-    return Site(f"attention {_name(shape.dtype)} {heads} batch={batch_size}", tuple(cases))
+    return Site(f"attention {dtype_name(shape.dtype)} {heads} batch={batch_size}", tuple(cases))
 
 
 def _dense(pool: Pool, shape: AttentionShape, batch_size: int, kv_len: int) -> Iterator[Case]:
@@ -251,14 +251,14 @@ def _mlp(pool: Pool, hidden_size: int, intermediate_size: int, dtype: torch.dtyp
     work = _mlp_work("gated_mlp", hidden_size, intermediate_size, dtype, launches=3)
     few = (gathered(neurons[: intermediate_size // share].clone()) for share in _DENSITIES)
     cases = (Case(work, "eager", eager, dense), Case(work, "cpu", native, dense), *few)
-    return Site(f"mlp {_name(dtype)} {hidden_size}x{intermediate_size}", cases)
+    return Site(f"mlp {dtype_name(dtype)} {hidden_size}x{intermediate_size}", cases)
 
 
 def _mlp_work(operator: str, hidden: int, neurons: int, dtype: torch.dtype, launches: int) -> Work:
     moved = 3 * hidden * neurons * dtype.itemsize + 2 * hidden * dtype.itemsize
     sizes = {"rows": 1, "in_size": hidden, "out_size": hidden, "intermediate_size": neurons}
     cost = Cost(6.0 * hidden * neurons, float(moved), launches)
-    return Work(operator, cost, sizes, _name(dtype), _name(dtype))
+    return Work(operator, cost, sizes, dtype_name(dtype), dtype_name(dtype))
 
 
 def _described(
@@ -273,7 +273,3 @@ def _described(
         terms=terms,
         form=form,
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -108,22 +108,22 @@ def compile_each(texts: Mapping[str, str], target: str) -> dict[str, Compiled | 
         ConfigError: an unknown target, or no Triton.
         KernelCompileError: the compiler's process died.
     """
-    Target.parse(target)
+    kind = Target.parse(target)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name, text in texts.items():
             (place / f"{name}.py").write_text(text, encoding="utf-8")
         _run_worker(place, target)
         facts = json.loads((place / "facts.json").read_text())
-        return {name: _result(place / name, target, facts[name]) for name in texts}
+        return {name: _result(place / name, kind, target, facts[name]) for name in texts}
 
 
-def _result(path: Path, target: str, facts: dict[str, Any]) -> Compiled | KernelCompileError:
+def _result(
+    path: Path, kind: Target, target: str, facts: dict[str, Any]
+) -> Compiled | KernelCompileError:
     """What the worker left of one text."""
     if "error" in facts:
         return KernelCompileError(f"Triton for {target}:\n{facts['error']}")
-    kind = Target.parse(target)
-
     binary = path.with_name(f"{path.name}.{kind.binary}").read_bytes()
     assembly, llir, ttgir = (
         path.with_name(f"{path.name}.{ending}").read_text()

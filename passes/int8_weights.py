@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.cost.cost import Cost
-from rewriter.cost.work import Work, linear_work
+from rewriter.cost.work import Work, dtype_name, linear_work
 from rewriter.dialect import OPS
 from rewriter.dialect.int8 import quantize_rows
 from rewriter.dialect.linear import linear
@@ -197,7 +197,7 @@ class Int8Weights(RewritePass):
 
     def original_work(self, facts: ProductFacts) -> tuple[Work, ...]:
         """A product with each weight that may become int8."""
-        return tuple(_product(m, str(m.value.dtype).removeprefix("torch.")) for m in facts.matrices)
+        return tuple(_product(m, dtype_name(m.value.dtype)) for m in facts.matrices)
 
     def work(self, facts: ProductFacts) -> tuple[Work, ...]:
         """The same with int8 rows."""
@@ -220,7 +220,7 @@ def _cost(facts: ProductFacts, size: Any) -> Cost:
 
 def _product(matrix: Matrix, weight_dtype: str) -> Work:
     """Of one vector, which has the dtype that the weight had."""
-    dtype = str(matrix.value.dtype).removeprefix("torch.")
+    dtype = dtype_name(matrix.value.dtype)
     out_size, in_size = matrix.value.shape
     return linear_work(1, out_size, in_size, dtype, weight_dtype)
 

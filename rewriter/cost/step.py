@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.cost.model import CostModel, Prediction, estimate_all
-from rewriter.cost.work import Work, linear_work
+from rewriter.cost.work import Work, dtype_name, linear_work
 from rewriter.dialect import OPS
 from rewriter.engine.cached_attention import TYPICAL_KV_LEN, AttentionShape, attention_shape
 from rewriter.engine.site import Site, bound_arguments, sites
@@ -52,7 +52,7 @@ def _products(site: Site) -> Iterator[Work]:
     for name in _WEIGHTS[site.op]:
         weight = _weight(site.program, site.arguments[name])
         if weight is not None:
-            dtype = str(weight.dtype).removeprefix("torch.")
+            dtype = dtype_name(weight.dtype)
             out_size, in_size = weight.shape
             yield linear_work(1, out_size, in_size, _dtype(site, dtype), dtype)
 
@@ -62,7 +62,7 @@ def _dtype(site: Site, weight_dtype: str) -> str:
     if weight_dtype != "int8":
         return weight_dtype
     made = next(n for n in site.arguments.values() if _is_narrow(n))
-    return str(bound_arguments(made)["dtype"]).removeprefix("torch.")
+    return dtype_name(bound_arguments(made)["dtype"])
 
 
 def _weight(program: Program, node: Any) -> Tensor | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from rewriter.cost.cost import Cost
 
-__all__ = ["SIZES", "Work", "linear_work", "total"]
+__all__ = ["SIZES", "Work", "dtype_name", "linear_work", "total"]
 
 SIZES = (
     *("rows", "in_size", "out_size", "intermediate_size"),
@@ -32,6 +34,11 @@ class Work:
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     dtype: str = "float32"
     weight_dtype: str = "float32"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `Work` has it, e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def linear_work(rows: int, out_size: int, in_size: int, dtype: str, weight_dtype: str) -> Work:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from rewriter.cost.work import Work
+from rewriter.cost.work import Work, dtype_name
 from rewriter.dialect import OPS
 from rewriter.engine.miss import Miss
 from rewriter.engine.site import Site, bound_arguments
@@ -69,7 +69,7 @@ class AttentionShape:
             "head_dim": self.head_dim,
         }
         cost = OPS[operator].cost(*(*new, k, v) if new else (q, k, v), mask="full")
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return Work(operator, cost, sizes, dtype, dtype)
 
 

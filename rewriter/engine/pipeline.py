@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from rewriter.cost.context import predict
+from rewriter.cost.context import current, predict
 from rewriter.cost.model import Prediction
 from rewriter.engine.invariants import (
     check_known,
@@ -243,7 +243,7 @@ class _PassRun:
         if isinstance(facts, Miss):
             self.misses.append(facts)
             return
-        prediction = predict(self.rewrite.original_work(facts), self.rewrite.work(facts))
+        prediction = _predicted(self.rewrite, facts)
         if prediction is not None and _leave(self.rewrite, prediction):
             self.misses.append(_slower(site, self.rewrite, prediction))
             return
@@ -274,6 +274,13 @@ class _PassRun:
             raise RewriteError(f"{what} put in {error}") from error
         if site.node is not None and after is not None:
             check_replacement(site.node, after, self.shapes, what)
+
+
+def _predicted(rewrite: RewritePass, facts: Any) -> Prediction | None:
+    """Of one site; describing its work costs something, so outside of `costing` nobody is asked."""
+    if current() is None:
+        return None
+    return predict(rewrite.original_work(facts), rewrite.work(facts))
 
 
 def _leave(rewrite: RewritePass, prediction: Prediction) -> bool:
