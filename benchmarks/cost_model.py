@@ -1,6 +1,7 @@
 """How good the cost models are, beside what they have to beat, over five seeds.
 
     python benchmarks/cost_model.py                            # CPU configurations, from the package's data
+    python benchmarks/cost_model.py --only second-machine      # what they tell about another processor
     python benchmarks/cost_model.py --only size level2 --dataset DIR   # code size, over a packed dataset
     python benchmarks/cost_model.py --only transfer --dataset DIR      # does the corpus help run times?
 
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ir_dataset.cost_models import cpu_data, cpu_ir, size, size_data
+from ir_dataset.cost_models.cpu_data import CpuData
 from ir_dataset.cost_models.cpu_features import CODE, PER_ELEMENT
 from ir_dataset.cost_models.cpu_loops import Configuration, body_name
 from ir_dataset.cost_models.evaluate import (
@@ -41,6 +43,7 @@ from ir_dataset.cost_models.ranking import Groups
 from ir_dataset.cost_models.settings import CPU
 
 RESULTS = Path(__file__).parent / "results"
+SECTIONS = ("cpu", "second-machine", "size", "level2", "transfer")
 SHOWN = ("top1", "top1_max", "top3", "top5", "tau", "unsure_share", "top1_or_default")
 
 
@@ -49,6 +52,7 @@ def main() -> int:
     arguments = _arguments()
     sections: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "cpu": _cpu,
+        "second-machine": _second_machine,
         "size": _size,
         "level2": _level2,
         "transfer": _transfer,
@@ -93,7 +97,46 @@ def _cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def _held_out(data: Any, groups: Groups, kind: str, count: int, seed: int) -> dict[str, float]:
+def _second_machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is known there from measurements there, and from those of the first machine."""
+    seeds = arguments.seeds
+    first, second = cpu_data.load(), cpu_data.load(cpu_data.SECOND_MACHINE)
+    rows: dict[str, Any] = {
+        "noise floor": _one(noise_floor(second.groups, second.last, second.default)),
+        "default": _one(list(_judged(second, np.where(second.default, 0.0, 1.0)))),
+        "level 1, held-out shape": _over_seeds(
+            [_held_out(second, second.groups, "shape", 5, seed) for seed in range(seeds)]
+        ),
+    }
+    across = [_across(first, second, seed) for seed in range(seeds)]
+    for name in across[0]:
+        rows[f"level 1 of the first machine, {name}"] = _over_seeds([a[name] for a in across])
+    return rows
+
+
+def _across(known: CpuData, asked: CpuData, seed: int) -> dict[str, dict[str, float]]:
+    """Learn from one machine alone and judge by another, on shapes that the first measured or not."""
+    shift = int(asked.groups.groups.max()) + 1
+    pairs = [(asked.groups, 0), (known.groups, shift)]
+    groups = Groups(
+        np.vstack([part.features for part, _ in pairs]),
+        asked.groups.names,
+        np.concatenate([part.groups + added for part, added in pairs]),
+        np.concatenate([part.seconds for part, _ in pairs]),
+    )
+    last, default = (
+        np.concatenate([getattr(asked, name), getattr(known, name)]) for name in ("last", "default")
+    )
+    held, measured = groups.groups < shift, set(known.shapes.values())
+    parts: dict[str, list[Judged]] = {"measured shape": [], "new shape": []}
+    prepare = cpu_data.with_priors
+    for one, _ in judge_model(groups, last, held, default, CPU, seed, prepare=prepare):
+        old = asked.shapes[one.group] in measured
+        parts["measured shape" if old else "new shape"].append(one)
+    return {name: summary(part) for name, part in parts.items()}
+
+
+def _held_out(data: CpuData, groups: Groups, kind: str, count: int, seed: int) -> dict[str, float]:
     judged: list[Judged] = []
     for held in folds(kind, groups.groups, data.families, count, seed):
         prepare = cpu_data.with_priors if kind == "shape" else None
@@ -132,7 +175,7 @@ def _with(groups: Groups, values: np.ndarray, prefix: str) -> Groups:
     return replace(groups, features=np.hstack([groups.features, values[:, kept]]), names=names)
 
 
-def _fixed(data: Any) -> dict[str, np.ndarray]:
+def _fixed(data: CpuData) -> dict[str, np.ndarray]:
     """Selectors that learn nothing, or one configuration for everything; by their scores."""
     names = data.groups.names
     column = {name: data.groups.features[:, at] for at, name in enumerate(names)}
@@ -148,7 +191,7 @@ def _fixed(data: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _judged(data: Any, scores: np.ndarray) -> Iterator[Judged]:
+def _judged(data: CpuData, scores: np.ndarray) -> Iterator[Judged]:
     for group in np.unique(data.groups.groups):
         at = np.flatnonzero(data.groups.groups == group)
         default = int(np.flatnonzero(data.default[at])[0])
@@ -230,7 +273,7 @@ def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, Any]:
 def _table(name: str, rows: dict[str, Any]) -> Table:
     shown = (
         SHOWN
-        if name in ("cpu", "transfer")
+        if name in ("cpu", "second-machine", "transfer")
         else ("mape", "median_ape", "tau", "r2_log", "inside_interval")
     )
     table = Table(title=f"cost models: {name}; ± is 95 % over the seeds")
@@ -248,7 +291,7 @@ def _table(name: str, rows: dict[str, Any]) -> Table:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=("cpu", "size", "level2", "transfer"))
+    parser.add_argument("--only", nargs="*", choices=SECTIONS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folds", type=int, default=5, help="of projects, for code size")
     parser.add_argument("--dataset", type=Path, default=Path("ir-dataset"))

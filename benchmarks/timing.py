@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from rewriter import processor
+
 __all__ = ["Samples", "machine", "read_bandwidth", "save_result", "timed"]
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +63,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 def machine(threads: int) -> dict[str, Any]:
     """Device, versions, commit, date, and how busy the machine was when the run began."""
     return {
-        "device": _processor(),
+        "device": processor.name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -87,14 +89,6 @@ def save_result(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _processor() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

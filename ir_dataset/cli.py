@@ -19,13 +19,13 @@ app = typer.Typer(
     name="ir",
     no_args_is_help=True,
     help="Collect LLVM IR from real builds into a dataset, and train cost models on it.\n\n"
-    "CONFIG is a corpus file, or the name of one that ships: small, small-pip, large.",
+    "CONFIG is a corpus file, or the name of one that ships: small, small-pip, medium, large.",
 )
 
 app.add_typer(cost)
 
 ConfigFile = Annotated[
-    str, typer.Option("--config", "-c", help="corpus.toml, or small, small-pip, large")
+    str, typer.Option("--config", "-c", help="corpus.toml, or small, small-pip, medium, large")
 ]
 StorePath = Annotated[
     Path, typer.Option("--store", help="where objects and task states are kept between runs")

@@ -13,6 +13,7 @@ from ir_dataset.dedup import Deduplicated, Entry, deduplicate
 from ir_dataset.features import ModuleFeatures
 from ir_dataset.labels import ModuleLabels
 from ir_dataset.license import UnitLicense
+from ir_dataset.reader import is_newer
 from ir_dataset.records import BuildResult, Fetched, Package, TranslationUnit, decode, digest
 from ir_dataset.runner import Runner, Task
 from ir_dataset.sources import find_source
@@ -243,7 +244,7 @@ class Pipeline:
         return ModuleInput(
             module=unit.module,
             writer_llvm=unit.llvm_version,
-            allow_newer=self.config.allow_newer_writers,
+            allow_newer=self.config.allow_newer_writers and is_newer(unit.llvm_version),
         )
 
     def _units(self, shas: Sequence[str], builds: Sequence[BuildResult]) -> tuple[Unit, ...]:

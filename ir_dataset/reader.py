@@ -19,7 +19,7 @@ from typing import Any
 
 from ir_dataset.toolchain import LLVM_MAJOR, Toolchain
 
-__all__ = ["Reading", "is_bitcode", "read_module"]
+__all__ = ["Reading", "is_bitcode", "is_newer", "read_module"]
 
 _MAGIC = (b"BC\xc0\xde", b"\xde\xc0\x17\x0b")
 _FLOAT = re.compile(r"\bf0x([0-9A-Fa-f]+)\b")
@@ -64,7 +64,7 @@ def read_module(
     """
     if len(data) > max_bytes:
         return Reading("", "", f"{len(data)} bytes are above the limit of {max_bytes}")
-    newer = _major(writer_llvm) > LLVM_MAJOR
+    newer = is_newer(writer_llvm)
     if newer and not allow_newer:
         return Reading("", "", f"written by LLVM {writer_llvm}, newer than the reader's")
     if newer and not is_bitcode(data):
@@ -77,9 +77,10 @@ def read_module(
     return min(readings, key=lambda reading: not reading.reader)
 
 
-def _major(version: str) -> int:
+def is_newer(version: str) -> bool:
+    """Whether this LLVM is newer than the reader's."""
     found = re.match(r"\d+", version)
-    return int(found.group()) if found else 0
+    return bool(found) and int(found.group()) > LLVM_MAJOR
 
 
 @cache

@@ -143,7 +143,7 @@ class Toolchain:
         """
         path = self.get(name)
         if path is None:
-            raise SourceError(f"{name} is not installed: {_KNOWN[name].install}")
+            raise SourceError(f"{self.why_absent(name)}")
         return path
 
     def llvm_version(self, name: str) -> str:
@@ -154,6 +154,19 @@ class Toolchain:
     def reads(self, name: str) -> bool:
         """Whether a tool is there and of the pinned generation."""
         return _major(self.llvm_version(name)) == LLVM_MAJOR
+
+    def why_absent(self, name: str) -> str | None:
+        """What `need` would raise; None where the tool is there."""
+        return None if self.get(name) else f"{name} is not installed: {_KNOWN[name].install}"
+
+    def why_not(self, name: str) -> str | None:
+        """Why a tool cannot be used, absent or not of the pinned generation; None where it can."""
+        if absent := self.why_absent(name):
+            return absent
+        if self.reads(name):
+            return None
+        told = self.llvm_version(name) or "an unknown version"
+        return f"{self.get(name)} is of LLVM {told}: {_KNOWN[name].install}"
 
     def c_compiler(self) -> CCompiler | None:
         """clang of the pinned generation, else Zig's, else None."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from codegen.cache import cached_build, cached_text, content_hash
+from rewriter import processor
 from rewriter.errors import ConfigError, RewriterError
 
 __all__ = [
@@ -132,12 +132,9 @@ def compile_library(text: str, *, isa: str = "native") -> ctypes.CDLL:
 @functools.cache
 def machine() -> str:
     """What `-march=native` depends on: code for another processor would stop with SIGILL."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    told = processor.values("model name", "flags", "Features", "CPU part")
+    lines = (f"{field}: {value}" for field, found in told.items() for value in found)
+    return "\n".join(lines) or processor.name()
 
 
 @functools.cache

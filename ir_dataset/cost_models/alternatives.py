@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from ir_dataset.cost_models import boosting, stored
 from ir_dataset.cost_models.alternatives_data import AlternativesData, Row
+from rewriter import processor
 from rewriter.cost.cost import Cost
 from rewriter.cost.model import Estimate
-from rewriter.cost.roofline import Ceilings, processor
+from rewriter.cost.roofline import Ceilings
 from rewriter.cost.work import SIZES, Work
 from rewriter.errors import ArtifactError, ConfigError
 
@@ -246,7 +247,7 @@ class LearnedModel:
         parameters = told.parameters
         known = {item["threads"]: Ceilings(**item) for item in parameters["learned_on"]}
         own = known.get(torch.get_num_threads())
-        if ceilings is None and own is not None and own.processor == processor():
+        if ceilings is None and own is not None and own.processor == processor.name():
             ceilings = own
         return LearnedModel(
             stored.boosters_of(told.boosters["members"]),

@@ -1,5 +1,8 @@
 """The measurements of the CPU families that come with the package, as groups to learn from.
 
+Models learn from `cpu.parquet`. A second machine was measured on twice as many shapes, `SECOND_MACHINE`: by
+it is judged what they know about a machine that they have not seen.
+
 Rows beside the kernel's own features carry what other shapes of the same family, and other families,
 measured for the same configuration, and what a sum over the work done makes of them (`work_terms`).
 Those come from what is learned from alone: a row's own group is left out, so that training sees them as
@@ -24,8 +27,10 @@ from ir_dataset.cost_models.measure import KNOBS
 from ir_dataset.cost_models.ranking import Floats, Groups
 from rewriter.errors import ArtifactError
 
-__all__ = ["PRIORS", "CpuData", "load", "with_priors"]
+__all__ = ["PRIORS", "SECOND_MACHINE", "CpuData", "load", "with_priors"]
 
+_DATA = Path(str(resources.files("ir_dataset.cost_models"))) / "data"
+SECOND_MACHINE = _DATA / "cpu_2100mhz.parquet"
 PRIORS = ("near_shapes", "all_shapes", "other_families", "work", "work_beside_best")
 _NEAR = 1.0
 """Distance in log2 of the sizes at which a known shape counts by exp(-1/2)."""
@@ -40,7 +45,7 @@ class CpuData:
         last: [rows], the least of the other half. families: [rows], numbers in the order of names.
         default: [rows], True at the default configuration.
         digest: sha256 of the files.
-        family_names: by number.
+        family_names: by number. shapes: family and shape of each group.
         machine: fingerprint of where it was measured.
     """
 
@@ -50,6 +55,7 @@ class CpuData:
     default: NDArray[np.bool_]
     digest: str
     family_names: tuple[str, ...]
+    shapes: dict[int, tuple[str, Shape]]
     machine: dict[str, str]
 
 
@@ -61,8 +67,7 @@ def load(measured: Path | None = None, code: Path | None = None) -> CpuData:
     """
     from pyarrow import parquet
 
-    folder = Path(str(resources.files("ir_dataset.cost_models"))) / "data"
-    measured, code = measured or folder / "cpu.parquet", code or folder / "cpu_code.parquet"
+    measured, code = measured or _DATA / "cpu.parquet", code or _DATA / "cpu_code.parquet"
     try:
         table = parquet.read_table(measured)
         known = parquet.read_table(code).to_pylist()
@@ -95,6 +100,7 @@ def load(measured: Path | None = None, code: Path | None = None) -> CpuData:
         np.array(default),
         digest,
         tuple(names),
+        {number: kernel for kernel, number in numbers.items()},
         {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()},
     )
 

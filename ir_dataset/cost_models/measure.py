@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging
-import platform
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -34,6 +33,7 @@ from ir_dataset.cost_models.cpu_loops import (
     make_arrays,
     source,
 )
+from rewriter import processor
 from rewriter.errors import ConfigError, VerificationError
 
 __all__ = ["KNOBS", "Runner", "fingerprint", "measure", "write"]
@@ -134,18 +134,13 @@ def measure(
 
 def fingerprint() -> dict[str, str]:
     """The machine and its compiler, as far as run times depend on them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-
-    def first(name: str) -> str:
-        return next((x.split(":")[1].strip() for x in lines if x.startswith(name)), "")
-
+    told = processor.values("cpu MHz", "cache size", "processor")
     compiler = find_compiler()
     return {
-        "processor": first("model name") or platform.processor(),
-        "megahertz": first("cpu MHz"),
-        "cache": first("cache size"),
-        "cores": str(sum(line.startswith("processor") for line in lines)),
+        "processor": processor.name(),
+        "megahertz": "".join(told["cpu MHz"][:1]),
+        "cache": "".join(told["cache size"][:1]),
+        "cores": str(len(told["processor"])),
         "compiler": compiler.version if compiler else "",
     }
 

@@ -92,14 +92,7 @@ class DebianCrates:
         for tool, package in (("apt-get", "apt"), ("dpkg-deb", "dpkg")):
             if not shutil.which(tool):
                 return f"{tool} is not installed: apt-get install {package} (Debian or Ubuntu only)"
-        try:
-            toolchain.need("cargo")
-            rustc = toolchain.need("rustc")
-        except SourceError as error:
-            return str(error)
-        if not toolchain.reads("rustc"):
-            return f"{rustc} is of LLVM {toolchain.llvm_version('rustc')}: install Rust 1.95"
-        return None
+        return toolchain.why_absent("cargo") or toolchain.why_not("rustc")
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
         """The crates in the versions of the archive's index.

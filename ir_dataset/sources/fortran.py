@@ -20,7 +20,6 @@ from ir_dataset.sources.debian import Debian, download, unpack
 from ir_dataset.sources.source import BuildLimits, convert_options
 from ir_dataset.store import Store
 from ir_dataset.toolchain import Toolchain
-from rewriter.errors import SourceError
 
 __all__ = ["Fortran"]
 
@@ -51,13 +50,7 @@ class Fortran:
 
     def missing(self, toolchain: Toolchain) -> str | None:
         """Needs flang of the pinned LLVM, and apt."""
-        try:
-            flang = toolchain.need("flang")
-        except SourceError as error:
-            return str(error)
-        if not toolchain.reads("flang"):
-            return f"{flang} is of LLVM {toolchain.llvm_version('flang')}: apt-get install flang-22"
-        return Debian().missing(toolchain)
+        return toolchain.why_not("flang") or Debian().missing(toolchain)
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
         """The packages in the versions of the archive's index.

@@ -75,11 +75,7 @@ class Swift:
 
     def missing(self, toolchain: Toolchain) -> str | None:
         """Needs SwiftPM, which comes with the compiler."""
-        try:
-            toolchain.need("swift")
-        except SourceError as error:
-            return str(error)
-        return None
+        return toolchain.why_absent("swift")
 
     def discover(self, options: Mapping[str, Any]) -> Sequence[Package]:
         """The package; its version is the hash of its files, or of the archive.

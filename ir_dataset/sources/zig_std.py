@@ -73,12 +73,9 @@ class ZigStd:
 
     def missing(self, toolchain: Toolchain) -> str | None:
         """Needs Zig of the pinned LLVM, with its library beside it as in the wheel."""
-        try:
-            zig = toolchain.need("zig")
-        except SourceError as error:
-            return str(error)
-        if not toolchain.reads("zig"):
-            return f"{zig} is of LLVM {toolchain.llvm_version('zig')}: pip install 'rewriter[zig]'"
+        if told := toolchain.why_not("zig"):
+            return told
+        zig = toolchain.need("zig")
         if not _library(zig).is_dir():
             return f"there is no library beside {zig}: pip install 'rewriter[zig]'"
         return None

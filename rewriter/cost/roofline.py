@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from rewriter import processor
 from rewriter.cost.model import Estimate
 from rewriter.cost.work import Work
 from rewriter.errors import ArtifactError
 
-__all__ = ["Ceilings", "Roofline", "processor"]
+__all__ = ["Ceilings", "Roofline"]
 
 _FACTOR = 3.0
 """Times lie within this factor of the roofline nine times of ten, about; see docs/cost-models.md."""
@@ -51,7 +52,7 @@ class Ceilings:
         square = torch.ones(1024, 1024)
         with torch.no_grad():
             return Ceilings(
-                processor=processor(),
+                processor=processor.name(),
                 threads=torch.get_num_threads(),
                 bandwidth=numbers.nbytes / _least(numbers.sum, 6),
                 flops=2 * 1024**3 / _least(lambda: square @ square, 20),
@@ -67,7 +68,7 @@ class Ceilings:
         """
         from codegen.cache import cached_build, content_hash
 
-        parts = ("ceilings", processor(), str(torch.get_num_threads()), torch.__version__)
+        parts = ("ceilings", processor.name(), str(torch.get_num_threads()), torch.__version__)
         path = cached_build(content_hash(*parts), ".json", _write)
         try:
             return Ceilings(**json.loads(path.read_text()))
@@ -97,16 +98,6 @@ class Roofline:
         """Within a factor of three, which decides only what differs by more than four."""
         seconds = self.ceilings.seconds(work)
         return Estimate(seconds, seconds / _FACTOR, seconds * _FACTOR)
-
-
-def processor() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
 
 
 def _write(path: Path) -> None:

@@ -48,6 +48,7 @@ class Layout:
         right_padding: whether only rows that are padded on the right are allowed; growing state is
             then written in place, into buffers with room for more.
         last_only: whether logits are those of each row's last token alone.
+        logits: dtype and width of a token's; the width is None where the graph does not say.
         vocab_size, max_positions, max_chunk: limits; None = unlimited.
     """
 
@@ -56,6 +57,7 @@ class Layout:
     positions: bool
     right_padding: bool
     last_only: bool
+    logits: tuple[str, int | None]
     vocab_size: int | None
     max_positions: int | None
     max_chunk: int | None
@@ -79,11 +81,12 @@ def read_layout(metadata: dict[str, Any], runtime: onnxruntime.InferenceSession)
             positions="position_ids" in inputs,
             right_padding={"right": True, "any": False}[metadata["padding"]],
             last_only={"last": True, "all": False}[metadata["logits"]],
+            logits=_logits(outputs["logits"]),
             vocab_size=_limit(metadata["vocab_size"]),
             max_positions=_limit(metadata["max_positions"]),
             max_chunk=_limit(metadata["max_chunk"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ArtifactError(f"the metadata are damaged: {error!r}") from error
     fed = {"input_ids", "attention_mask", "position_ids"}
     if inputs.keys() - fed != {s.input for s in states} or "input_ids" not in inputs:
@@ -102,6 +105,12 @@ def _state(item: dict[str, Any]) -> State:
     if item["dtype"] not in DTYPES:
         raise ValueError(f"dtype {item['dtype']!r}")
     return State(str(item["input"]), str(item["output"]), dims, item["dtype"], float(item["fill"]))
+
+
+def _logits(value: Any) -> tuple[str, int | None]:
+    dtype = next(name for name, kind in DTYPES.items() if value.type == f"tensor({kind})")
+    width = value.shape[-1]
+    return dtype, width if isinstance(width, int) else None
 
 
 def _limit(value: Any) -> int | None:

@@ -64,7 +64,9 @@ class OnnxSession:
         self._fed = 0
         self._room = (self.capacity or FIRST_ROOM) if layout.right_padding else 0
         self._binding = self._runtime.io_binding()
-        self._binding.bind_output("logits")
+        self._binding.bind_output("logits")  # outputs are in the order in which they are bound
+        self._logits = self._logits_buffer()
+        self._moving = [i for i in range(len(layout.states)) if not self._in_place(i)]
         self._past = [self._empty(state) for state in layout.states]
         self._spare = [None if state.growing else self._empty(state) for state in layout.states]
         for index in range(len(layout.states)):
@@ -163,12 +165,17 @@ class OnnxSession:
             counted = self.lengths[:, None] + real.cumsum(axis=1) - 1
             self._feed("position_ids", np.where(real, counted, -1))
         self._feed("input_ids", ids)
+        buffer = self._logits if self._layout.last_only or ids.shape[1] == 1 else None
+        if buffer is None:
+            self._binding.bind_output("logits")
+        else:
+            self._binding.bind_ortvalue_output("logits", buffer)
         self._runtime.run_with_iobinding(self._binding)
-        outputs = self._binding.get_outputs()
-        logits = _floats(outputs[0])
-        self._binding.bind_output("logits")
-        for index, output in enumerate(outputs[1:]):
-            self._hand_on(index, output)
+        # Asking for the outputs costs as much as a norm of the model: not where nothing has moved.
+        outputs = self._binding.get_outputs() if self._moving or buffer is None else []
+        logits = _floats(outputs[0] if buffer is None else buffer)
+        for index in self._moving:
+            self._hand_on(index, outputs[1 + index])
         self.lengths = self.lengths + real.sum(axis=1)
         self._fed += ids.shape[1]
         return logits
@@ -203,6 +210,11 @@ class OnnxSession:
                 self._past[index] = enlarged(old, shape, state.dtype, state.fill, self._device)
                 self._bind(index)
 
+    def _logits_buffer(self) -> OrtValue | None:
+        """For one token a row, which every step writes to; None where the width is not known."""
+        dtype, width = self._layout.logits
+        return None if width is None else filled((self.batch_size, 1, width), dtype, 0.0)
+
     def _empty(self, state: State) -> OrtValue:
         return filled(
             state.shape(self.batch_size, self._room), state.dtype, state.fill, self._device
@@ -213,8 +225,6 @@ class OnnxSession:
 
     def _hand_on(self, index: int, output: OrtValue) -> None:
         """What came out goes in next."""
-        if self._in_place(index):
-            return
         spare = self._spare[index]
         if spare is None:
             self._past[index] = output

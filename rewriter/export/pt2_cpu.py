@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from pathlib import Path
+
+from rewriter import processor
 
 __all__ = ["cpu_kind", "missing_features"]
 
@@ -13,7 +14,7 @@ _INSTRUCTIONS = re.compile(
     r"f16c$|fma$|fp|fsgsbase$|gfni$|i8mm$|lahf|lse|lzcnt$|mov|neon$|pclmul|pmull$|popcnt$|rd|sha|sm[34]|"
     r"sse|ssse|sve|vaes$|vpclmul|xsave"
 )
-"""Flags of /proc/cpuinfo that name instructions which `-march=native` may use."""
+"""Flags that name instructions which `-march=native` may use."""
 
 
 def cpu_kind() -> dict[str, object]:
@@ -31,9 +32,6 @@ def missing_features(needed: dict[str, object]) -> list[str]:
 
 
 def _flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return {flag for line in lines for flag in line.split() if _INSTRUCTIONS.match(flag)}
+    told = processor.values("flags", "Features").values()
+    flags = " ".join(value for found in told for value in found).split()
+    return {flag for flag in flags if _INSTRUCTIONS.match(flag)}

@@ -58,7 +58,14 @@ def test_clang_goes_before_zig(tools):
 def test_rustc_tells_two_versions(tools):
     script = tools("rustc", "rustc 1.95.0\nrelease: 1.95.0\nLLVM version: 22.1.2")
     toolchain = Toolchain((("rustc", str(script)),))
-    assert toolchain.llvm_version("rustc") == "22.1.2"
+    assert toolchain.llvm_version("rustc") == "22.1.2" and toolchain.why_not("rustc") is None
+
+
+def test_a_tool_of_another_generation_says_which(tools):
+    script = tools("flang", "flang version 19.1.7")
+    toolchain = Toolchain((("flang", str(script)),))
+    assert toolchain.why_absent("flang") is None
+    assert toolchain.why_not("flang") == f"{script} is of LLVM 19.1.7: apt-get install flang-22"
 
 
 def test_absent_tools_say_how_to_get_them():
@@ -66,6 +73,11 @@ def test_absent_tools_say_how_to_get_them():
     assert nothing.get("opt") is None and nothing.llvm_version("opt") == ""
     with pytest.raises(SourceError, match="flang is not installed: apt-get install flang-22"):
         nothing.need("flang")
+    assert (
+        nothing.why_absent("flang")
+        == nothing.why_not("flang")
+        == ("flang is not installed: apt-get install flang-22")
+    )
     with pytest.raises(SourceError, match=r"clang-22.*pip install 'rewriter\[zig\]'"):
         nothing.need_c_compiler()
     assert {row.status for row in nothing.matrix()} == {"absent"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from codegen.cpp_kernels import compiler
 from codegen.cpp_kernels.compiler import ISAS, compile_library, find_compiler
+from rewriter import processor
 
 __all__ = ["ISA_CASES", "RUNNABLE", "mutate", "needs_compiler", "poisoned"]
 
@@ -20,8 +20,7 @@ needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ comp
 
 
 def _runnable() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.is_file() else set()
+    flags = set(" ".join(processor.values("flags")["flags"]).split())
     needs = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma"}}
     x86 = [name for name, wanted in needs.items() if wanted <= flags]
     arm = ["neon"] if platform.machine() in ("aarch64", "arm64") else []
