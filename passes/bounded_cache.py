@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from rewriter.cost.cost import Cost
 from rewriter.cost.work import Work
 from rewriter.dialect import OPS
 from rewriter.dialect.attention import attend, repeat_kv
@@ -212,17 +211,6 @@ class BoundedCache(RewritePass, ABC):
                 keys = _turn(keys, tables, seen.ranks, facts.inputs.interleaved)
             outputs.append(_attend(query, keys, v, seen, sinks, slopes, facts))
         return torch.cat(outputs, dim=2)
-
-    def original_cost(self, facts: CacheFacts) -> Cost:
-        """Of one decoded token on `TYPICAL_KV_LEN` entries."""
-        operands = facts.shape.decode_operands(TYPICAL_KV_LEN)
-        return OPS["attention"].cost(*operands, mask="full")
-
-    def cost(self, facts: CacheFacts) -> Cost:
-        """Of one decoded token once the slots are full."""
-        q, k, v = facts.shape.decode_operands(self.budget + 1)
-        new = (q, k[:, :, :1], v[:, :, :1])
-        return OPS["streaming_attention"].cost(*new, k, v)
 
     def original_work(self, facts: CacheFacts) -> tuple[Work, ...]:
         """Of one decoded token on `TYPICAL_KV_LEN` entries, heads grouped where they can be."""

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from rewriter.cost.cost import Cost
 from rewriter.cost.work import Work
 from rewriter.dialect import OPS
 from rewriter.engine.cached_attention import TYPICAL_KV_LEN, AttentionShape, attention_shape
@@ -84,20 +83,10 @@ class GroupedAttention(RewritePass):
         """Attention itself: the function does not change."""
         return OPS["attention"].reference(*tensors, **facts.options)
 
-    def original_cost(self, facts: GroupedAttentionFacts) -> Cost:
-        """The same, K and V copied for every head of a group."""
-        operands = facts.shape.decode_operands(TYPICAL_KV_LEN)
-        return OPS["attention"].cost(*operands, **facts.options)
-
-    def cost(self, facts: GroupedAttentionFacts) -> Cost:
-        """Of one decoded token on `TYPICAL_KV_LEN` entries."""
-        operands = facts.shape.decode_operands(TYPICAL_KV_LEN)
-        return OPS["grouped_attention"].cost(*operands, **facts.options)
-
     def original_work(self, facts: GroupedAttentionFacts) -> tuple[Work, ...]:
-        """The same as attention that repeats heads."""
+        """Attention that copies K and V for every head of a group, on `TYPICAL_KV_LEN` entries."""
         return (facts.shape.decode_work("attention", TYPICAL_KV_LEN),)
 
     def work(self, facts: GroupedAttentionFacts) -> tuple[Work, ...]:
-        """Of one decoded token on `TYPICAL_KV_LEN` entries."""
+        """The same with one copy for each group."""
         return (facts.shape.decode_work("grouped_attention", TYPICAL_KV_LEN),)

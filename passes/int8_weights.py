@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.cost.cost import Cost
 from rewriter.cost.work import Work, dtype_name, linear_work
 from rewriter.dialect import OPS
 from rewriter.dialect.int8 import quantize_rows
@@ -187,14 +186,6 @@ class Int8Weights(RewritePass):
         """Every matrix, whatever its error; as asked for where that is so already."""
         return self if self.max_error >= 0.05 else replace(self, max_error=1.0)
 
-    def original_cost(self, facts: ProductFacts) -> Cost:
-        """Of the weights that may become int8, for one token."""
-        return _cost(facts, lambda m: m.value.numel() * m.value.element_size())
-
-    def cost(self, facts: ProductFacts) -> Cost:
-        """The same as int8."""
-        return _cost(facts, lambda m: m.value.numel() + 4 * len(m.value))
-
     def original_work(self, facts: ProductFacts) -> tuple[Work, ...]:
         """A product with each weight that may become int8."""
         return tuple(_product(m, dtype_name(m.value.dtype)) for m in facts.matrices)
@@ -211,11 +202,6 @@ class Int8Weights(RewritePass):
 def values_of(values: dict[str, Any], *names: str) -> list[Any]:
     """In this order; None for what is not there."""
     return [values.get(name) for name in names]
-
-
-def _cost(facts: ProductFacts, size: Any) -> Cost:
-    flops = sum(2.0 * matrix.value.numel() for matrix in facts.matrices)
-    return Cost(flops, float(sum(map(size, facts.matrices))), len(facts.matrices))
 
 
 def _product(matrix: Matrix, weight_dtype: str) -> Work:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, fx
 
-from rewriter.cost.cost import Cost
 from rewriter.cost.work import Work
 from rewriter.engine.miss import Miss
 from rewriter.engine.site import Site, tensor_arguments
@@ -84,23 +83,13 @@ class RewritePass:
         """Knobs at which the approximation is at work within `length` tokens, for verification."""
         return self
 
-    def cost(self, facts: Any) -> Cost | None:
-        """Of one decode step at the site after the rewrite; None when it is not predicted."""
-        return None
-
-    def original_cost(self, facts: Any) -> Cost | None:
-        """Of one decode step at the site before the rewrite; None when it is not predicted."""
-        return None
-
     def original_work(self, facts: Any) -> tuple[Work, ...]:
-        """What `original_cost` is of, for predicted times; a cost alone unless the pass tells more."""
-        cost = self.original_cost(facts)
-        return () if cost is None else (Work("", cost),)
+        """What one decode step computes at the site before the rewrite; () when it is not told."""
+        return ()
 
     def work(self, facts: Any) -> tuple[Work, ...]:
-        """What `cost` is of; see `original_work`."""
-        cost = self.cost(facts)
-        return () if cost is None else (Work("", cost),)
+        """What one decode step computes at the site after the rewrite; () when it is not told."""
+        return ()
 
     def candidates(self, facts: Any) -> tuple[Self, ...]:
         """Settings worth trying in a search, cheapest first."""

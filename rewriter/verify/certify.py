@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rewriter.cost.cost import Cost
+from rewriter.cost.work import Work, total
 from rewriter.engine.pipeline import Applied, PipelineResult
 from rewriter.engine.rewrite_pass import RewritePass
 from rewriter.verify.bench import Identity
@@ -31,10 +33,14 @@ def applied_certificate(
         implementation_error=None if verdict is None else verdict.error,
         tolerance=None if verdict is None else verdict.tolerance,
         method_error=method_error,
-        cost_before=applied.rewrite.original_cost(applied.facts),
-        cost_after=applied.rewrite.cost(applied.facts),
+        cost_before=_cost(applied.rewrite.original_work(applied.facts)),
+        cost_after=_cost(applied.rewrite.work(applied.facts)),
         predicted=applied.prediction,
     )
+
+
+def _cost(works: tuple[Work, ...]) -> Cost | None:
+    return total(works) if works else None
 
 
 def undone_certificate(

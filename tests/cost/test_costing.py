@@ -16,7 +16,7 @@ from rewriter.cost.context import current, on_backend, predict
 from rewriter.cost.model import Estimate
 from rewriter.cost.roofline import Ceilings, Roofline
 from rewriter.cost.step import predict_backends, step_works
-from rewriter.cost.work import Work, linear_work
+from rewriter.cost.work import Work, linear_work, total
 from rewriter.report.json import report_from_json
 from rewriter.verify.certify import unverified_certificates
 from tests.passes.derived import prepared, rewritten
@@ -80,14 +80,12 @@ def test_who_asks_for_an_approximate_pass_gets_it():
     assert prediction is not None and prediction.slower and prediction.ratio == pytest.approx(9)
 
 
-def test_work_of_the_passes_agrees_with_their_cost():
+def test_passes_tell_the_work_before_and_after():
     for rewrite in (GroupedAttention(), Int8Weights(min_elements=1)):
         applied = rewritten(prepared("llama")[1], rewrite).applied[0]
-        work = rewrite.work(applied.facts)
-        cost = rewrite.cost(applied.facts)
-        assert sum(w.cost.flops for w in work) == pytest.approx(cost.flops)
-        assert sum(w.cost.launches for w in work) == cost.launches
-        assert rewrite.original_work(applied.facts)[0].operator in ("attention", "linear")
+        before, after = rewrite.original_work(applied.facts), rewrite.work(applied.facts)
+        assert before[0].operator in ("attention", "linear")
+        assert total(after).bytes_moved < total(before).bytes_moved
 
 
 @pytest.fixture(scope="module")
