@@ -17,7 +17,7 @@ PIECES_PER_ENTRY = {"retrieval": 3, "tracking": 2.25, "affixes": 4}
 PIECES_PER_QUESTION = {"retrieval": 4, "tracking": 8, "affixes": 5}
 """Tokens that an entry of a context, and a question with its answer, take on average."""
 
-CONTEXT_SHARES = {"retrieval": 0.35, "tracking": 0.45, "affixes": 0.2}
+CONTEXT_SHARES = {"retrieval": 0.35, "tracking": 0.55, "affixes": 0.1}
 PROBLEM_SHARES = {
     "arithmetic": 0.25,
     "recalled-arithmetic": 0.3,
