@@ -171,7 +171,7 @@ class OnnxSession:
         else:
             self._binding.bind_ortvalue_output("logits", buffer)
         self._runtime.run_with_iobinding(self._binding)
-        # Asking for the outputs costs as much as a norm of the model: not where nothing has moved.
+        # Each output that is asked for is wrapped anew: none is where all lie where they were.
         outputs = self._binding.get_outputs() if self._moving or buffer is None else []
         logits = _floats(outputs[0] if buffer is None else buffer)
         for index in self._moving:

@@ -86,6 +86,8 @@ def test_passes_tell_the_work_before_and_after():
         before, after = rewrite.original_work(applied.facts), rewrite.work(applied.facts)
         assert before[0].operator in ("attention", "linear")
         assert total(after).bytes_moved < total(before).bytes_moved
+        assert total(after).flops == pytest.approx(total(before).flops)
+        assert 0 < total(after).launches <= total(before).launches
 
 
 @pytest.fixture(scope="module")
